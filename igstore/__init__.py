@@ -1,0 +1,46 @@
+"""Integrated Gradients once, masked images for ever.
+
+`build_store` runs Integrated Gradients over a list of images and keeps the maps in a Zarr store; `rank_store` ranks
+their 3x3 blocks; `open_store`, `masked_view`, `keep_mask` and `MaskedImageNet` read it; `evaluate` makes the tables.
+
+Names are imported when first used, so that reading a store never waits for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BuildSpec": "schema",
+    "Classifier": "models",
+    "IgstoreError": "errors",
+    "MaskedImageNet": "dataset",
+    "Preprocessing": "schema",
+    "UserError": "errors",
+    "build_store": "build",
+    "classifier_from_module": "models",
+    "evaluate": "evaluate",
+    "find_images": "images",
+    "integrated_gradients": "attribution",
+    "keep_mask": "views",
+    "load_classifier": "models",
+    "masked_view": "views",
+    "open_store": "views",
+    "rank_store": "rank",
+    "store_info": "info",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'igstore' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"igstore.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

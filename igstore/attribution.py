@@ -1,0 +1,278 @@
+"""The Integrated Gradients engine: batches of (image, step) pairs in, one map per image out.
+
+Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", 2017:
+``IG_i(x) = (x_i - b_i) * integral over alpha in [0, 1] of df/dx_i (b + alpha (x - b))``,
+the integral taken by one of `igstore.quadrature`'s rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from igstore.errors import ModelError, UserError
+from igstore.quadrature import rule
+from igstore.schema import Method, Output, Precision, Reduce, check_choice
+
+# float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
+# when that overflows, the batch is done again with a smaller scale.
+_FLOAT16_SCALES = (2.0**14, 2.0**8, 2.0**2, 1.0)
+
+
+@dataclass(frozen=True)
+class Attributions:
+    """What `integrated_gradients` finds for a batch; tensors on the inputs' device.
+
+    Attributes
+    ----------
+    maps
+        (image, y, x), or (image, channel, y, x) for ``reduce="none"``, in the inputs' dtype.
+    output, baseline_output
+        f(x) and f(b) of the target, float64 (image,).
+    completeness_error
+        ``|sum of the attributions - (f(x) - f(b))| / |f(x) - f(b)|``, float64 (image,); 0 if both are 0, inf if only
+        the denominator is. The sum is that of the signed attributions, whatever `reduce` is.
+    n_steps
+        Gradient evaluations spent on each image, int64 (image,).
+    """
+
+    maps: Tensor
+    output: Tensor
+    baseline_output: Tensor
+    completeness_error: Tensor
+    n_steps: Tensor
+
+
+@contextmanager
+def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Fix the arithmetic of everything inside: tf32 allowed or not, float16 autocast or not, deterministic cuDNN.
+
+    cuDNN uses tf32 for float32 convolutions unless told otherwise, so "float32" has to be said.
+    """
+    check_choice("precision", precision, Precision)
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision tf32 is a mode of CUDA devices; the device is {device}: use float32")
+    tf32 = precision == "tf32"
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    with ExitStack() as stack:
+        stack.callback(setattr, matmul, "allow_tf32", before)
+        matmul.allow_tf32 = tf32
+        cudnn = torch.backends.cudnn
+        stack.enter_context(
+            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32)
+        )
+        if precision == "float16":
+            stack.enter_context(torch.autocast(device.type, dtype=torch.float16))
+        yield
+
+
+def logits(network: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
+    """The network's outputs on normalised `inputs` (image, channel, y, x), without gradients: (image, class).
+
+    Raises
+    ------
+    ModelError
+        The network does not return one row of class scores per image.
+    """
+    with torch.no_grad():
+        return torch.cat([_forward(network, inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size)])
+
+
+def _forward(network: nn.Module, inputs: Tensor) -> Tensor:
+    # the clone is what a network that begins with an in-place operation writes to, instead of its caller's tensor
+    result = network(inputs.clone())
+    if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != len(inputs):
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ModelError(
+            f"the network returned {got} for a batch of {len(inputs)} images; a classifier returns a tensor "
+            f"({len(inputs)}, number of classes): wrap it in a module that selects that tensor"
+        )
+    return result
+
+
+def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
+    """The target's logit or softmax probability, (image,), from logits (image, class) and class indices (image,)."""
+    # half precision has too few bits for a softmax over a thousand classes
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    if output == "probability":
+        scores = scores.softmax(dim=1)
+    return scores.gather(1, targets[:, None])[:, 0]
+
+
+def _gradient(network: nn.Module, points: Tensor, targets: Tensor, output: Output, scaled: bool) -> Tensor:
+    """d output / d points, in the points' dtype: (pair, channel, y, x)."""
+    for scale in _FLOAT16_SCALES if scaled else (1.0,):
+        leaf = points.detach().requires_grad_()
+        selected = select_output(_forward(network, leaf), targets, output)
+        (gradient,) = torch.autograd.grad(selected.sum() * scale, leaf)
+        if not scaled or gradient.isfinite().all():
+            break
+    return gradient / scale if scaled else gradient
+
+
+def _reduce_channels(attributions: Tensor, reduce: Reduce) -> Tensor:
+    """(image, channel, y, x) to (image, y, x): the sum over channels of a, of max(a, 0) or of |a|; "none" keeps all."""
+    if reduce == "none":
+        return attributions
+    if reduce == "positive":
+        attributions = attributions.clamp(min=0)
+    elif reduce == "absolute":
+        attributions = attributions.abs()
+    return attributions.sum(dim=1)
+
+
+def completeness_error(total: Tensor, difference: Tensor) -> Tensor:
+    """``|total - difference| / |difference|``; 0 where both are 0, inf where only the difference is."""
+    gap = (total - difference).abs()
+    return torch.where(gap == 0, gap, gap / difference.abs())
+
+
+def integrated_gradients(
+    network: nn.Module,
+    inputs: Tensor,
+    baselines: Tensor,
+    targets: Tensor,
+    *,
+    method: Method = "riemann_right",
+    n_steps: int = 50,
+    output: Output = "logit",
+    reduce: Reduce = "sum",
+    precision: Precision = "float32",
+    batch_size: int = 16,
+    max_error: float | None = None,
+    max_steps: int | None = None,
+) -> Attributions:
+    """Integrated Gradients of `network` along the straight path from `baselines` to `inputs`.
+
+    Pairs of different images share batches, so the batch size is free of the number of steps. IG does not change under
+    an affine change of the input, so inputs may be pixels or normalised, as long as `network` takes them.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode; maps (pair, channel, y, x) to logits (pair, class).
+    inputs, baselines
+        (image, channel, y, x), floating point, one dtype, on one device.
+    targets
+        Class indices, int64 (image,).
+    method, n_steps
+        A rule of `igstore.quadrature` and its number of gradient evaluations m.
+    output
+        What f is: the target's logit or its softmax probability.
+    reduce
+        How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of |a| (``absolute``), or ``none``.
+    precision
+        ``float32`` (tf32 off), ``tf32`` (CUDA only) or ``float16`` (autocast, scaled gradients; sums stay float32).
+    batch_size
+        (image, step) pairs per gradient evaluation.
+    max_error, max_steps
+        Both or neither, and only for ``riemann_right``: double the m of an image while its completeness error exceeds
+        `max_error` and 2m is at most `max_steps`. Only the new points are evaluated, and the result is that of the
+        rule at the final m.
+
+    Returns
+    -------
+    Attributions
+
+    Raises
+    ------
+    UserError
+        Unknown method, output, reduction or precision; too few steps; `max_error` with another rule.
+    ModelError
+        The network does not return (pair, class).
+    """
+    check_choice("output", output, Output)
+    check_choice("reduce", reduce, Reduce)
+    if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
+        raise UserError("max_error and max_steps go together, and with method riemann_right")
+    alphas, weights = rule(method, n_steps)
+    difference = inputs - baselines
+    sums = torch.zeros_like(inputs)  # weighted sums of gradients, (image, channel, y, x)
+    steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
+    with numerics(precision, inputs.device):
+        f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
+        f_b = select_output(logits(network, baselines, batch_size), targets, output).double()
+
+        def add(images: Tensor, alphas: np.ndarray, weights: np.ndarray) -> None:
+            _add_gradients(sums, images, alphas, weights, network, baselines, difference, targets, output, batch_size)
+
+        def error() -> Tensor:
+            total = (difference * sums).sum(dim=(1, 2, 3), dtype=torch.float64)
+            return completeness_error(total, f_x - f_b)
+
+        add(torch.arange(len(inputs)), alphas, weights)
+        m = n_steps
+        while max_error is not None and max_steps is not None and 2 * m <= max_steps:
+            rough = ((error() > max_error) & (steps == m)).cpu().nonzero()[:, 0]
+            if not len(rough):
+                break
+            # the points of 2m steps that those of m steps lack; the old ones count half from now on
+            sums[rough] /= 2
+            add(rough, np.arange(1, 2 * m, 2) / (2 * m), np.full(m, 1 / (2 * m)))
+            m *= 2
+            steps[rough] = m
+        return Attributions(
+            maps=_reduce_channels(difference * sums, reduce),
+            output=f_x,
+            baseline_output=f_b,
+            completeness_error=error(),
+            n_steps=steps,
+        )
+
+
+def _add_gradients(
+    sums: Tensor,
+    images: Tensor,
+    alphas: np.ndarray,
+    weights: np.ndarray,
+    network: nn.Module,
+    baselines: Tensor,
+    difference: Tensor,
+    targets: Tensor,
+    output: Output,
+    batch_size: int,
+) -> None:
+    """``sums[i] += sum over h of weights[h] * df/dx(b_i + alphas[h] (x_i - b_i))`` for i in `images`."""
+    scaled = torch.is_autocast_enabled(sums.device.type)
+    alpha = torch.as_tensor(alphas, dtype=sums.dtype)
+    weight = torch.as_tensor(weights, dtype=sums.dtype)
+    n_pairs = len(images) * len(alphas)
+    for start in range(0, n_pairs, batch_size):
+        batch = torch.arange(start, min(start + batch_size, n_pairs))
+        of = images[batch // len(alphas)]
+        step = batch % len(alphas)
+        on_device = of.to(sums.device)
+        fraction = alpha[step].to(sums.device)[:, None, None, None]
+        points = baselines[on_device] + fraction * difference[on_device]  # (pair, channel, y, x)
+        gradients = _gradient(network, points, targets[on_device], output, scaled)
+        gradients = gradients * weight[step].to(sums.device)[:, None, None, None]
+        # pairs are in image order: sums over runs are deterministic on every device, index_add_ on CUDA is not
+        for image in of.unique():  # type: ignore[no-untyped-call]
+            sums[image] += gradients[of == image].sum(dim=0)
+
+
+def to_float16(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Maps as float16 with a power-of-two scale per image, so that their size does not decide their precision.
+
+    Parameters
+    ----------
+    maps
+        (image, ...), finite float32.
+
+    Returns
+    -------
+    maps, scale
+        float16 (image, ...), the maps divided by their scale, and float32 (image,), the power of two that brings the
+        largest absolute value into [1, 2); 1 for an all-zero map.
+    """
+    largest = np.abs(maps).reshape(len(maps), -1).max(axis=1, initial=0)
+    _, exponent = np.frexp(largest)  # largest = f * 2**exponent with f in [0.5, 1)
+    scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent - 1), np.float32(1)).astype(np.float32)
+    shape = (len(maps),) + (1,) * (maps.ndim - 1)
+    return (maps / scale.reshape(shape)).astype(np.float16), scale

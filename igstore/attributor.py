@@ -1,0 +1,217 @@
+"""From pixels to a store's variables: a classifier and a build's settings, applied to a few images at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from igstore import layout
+from igstore.acceleration import accelerate
+from igstore.attribution import integrated_gradients, logits, numerics, to_float16
+from igstore.baselines import baseline_pixels
+from igstore.errors import UserError
+from igstore.memory import available_memory, gradient_bytes
+from igstore.models import Classifier
+from igstore.schema import BUILT, FAILED, BuildSpec
+
+Arrays = dict[str, NDArray[Any]]
+
+logger = logging.getLogger(__name__)
+
+# Batches beyond these gain nothing: a CPU is busy with 16 pairs, a large GPU with 256.
+_LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+
+_REASON = np.dtype("<U200")  # a fixed width, so that units concatenate; longer reasons are cut
+
+
+class Attributor:
+    """Applies one classifier with one build's settings, on one device.
+
+    Parameters
+    ----------
+    classifier, spec
+        What to attribute and how; the network is copied, never changed.
+    device
+        Where to compute.
+    batch_size
+        (image, step) pairs per gradient evaluation; None sizes it to the memory that is free, and halves it when that
+        runs out.
+
+    Raises
+    ------
+    UserError
+        The spec's precision does not exist on this device.
+    """
+
+    def __init__(
+        self, classifier: Classifier, spec: BuildSpec, *, device: torch.device, batch_size: int | None = None
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        height, width = spec.preprocessing.crop
+        with numerics(spec.precision, device):
+            probe = torch.zeros(1, 3, height, width, device=device)
+            self.network = accelerate(classifier.network, probe)
+            self._may_shrink = batch_size is None
+            self.batch_size = batch_size or _fitting_batch(self.network, probe)
+        self._mean = torch.tensor(spec.preprocessing.mean, device=device)[:, None, None]
+        self._std = torch.tensor(spec.preprocessing.std, device=device)[:, None, None]
+
+    def __call__(
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str], reasons: Sequence[str]
+    ) -> Arrays:
+        """Attribute a few images.
+
+        Parameters
+        ----------
+        pixels
+            uint8 (image, channel, y, x).
+        labels
+            int16 (image,), -1 where unknown.
+        image_ids
+            One an image.
+        reasons
+            Why an image could not be read, "" where it could; those that could not are left alone.
+
+        Returns
+        -------
+        Arrays, first dimension image: every computed variable of the store, and for the shard's record ``reason``
+        ("" or why the image failed, which it also does where its map or outputs are not finite), ``in_top5`` (bool: the
+        label is among the five highest logits of the unmasked image), ``batch_size`` and ``seconds``.
+
+        Raises
+        ------
+        UserError
+            A label is not one of the network's classes.
+        ModelError
+            The network does not return (image, class).
+        """
+        started = time.monotonic()
+        count = len(pixels)
+        arrays = layout.unbuilt(self.spec, count) | {
+            "reason": np.array(reasons, dtype=_REASON),
+            "in_top5": np.zeros(count, bool),
+        }
+        good = arrays["reason"] == ""
+        if good.any():
+            ids = [image_id for image_id, readable in zip(image_ids, good, strict=True) if readable]
+            for name, values in self._attribute_shrinking(pixels[good], labels[good], ids).items():
+                arrays[name][good] = values
+        arrays["status"] = np.where(arrays["reason"] == "", BUILT, FAILED).astype(np.uint8)
+        if self.spec.pixels:
+            arrays["pixels"] = pixels
+        arrays["batch_size"] = np.full(count, self.batch_size, np.int32)
+        arrays["seconds"] = np.full(count, (time.monotonic() - started) / count)
+        return arrays
+
+    def measure_speed(self) -> float:
+        """Gradient evaluations a second, from two batches on a grey image, the first of which only warms up."""
+        height, width = self.spec.preprocessing.crop
+        grey = self._normalise(np.full((1, 3, height, width), 128, np.uint8))
+        for _ in range(2):
+            started = time.monotonic()
+            integrated_gradients(
+                self.network,
+                grey,
+                torch.zeros_like(grey),
+                torch.zeros(1, dtype=torch.int64, device=self.device),
+                n_steps=self.batch_size,
+                output=self.spec.output,
+                precision=self.spec.precision,
+                batch_size=self.batch_size,
+            ).maps.cpu()
+            seconds = time.monotonic() - started
+        return self.batch_size / seconds
+
+    def _attribute_shrinking(
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str]
+    ) -> Arrays:
+        while True:
+            try:
+                return self._attribute(pixels, labels, image_ids)
+            except RuntimeError as error:
+                if not (self._may_shrink and self.batch_size > 1 and _is_out_of_memory(error)):
+                    raise
+            # outside the handler, so that the failed batch's tensors are free
+            self.batch_size = max(1, self.batch_size // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning("out of memory on %s: going on with batches of %d", self.device, self.batch_size)
+
+    def _attribute(self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str]) -> Arrays:
+        spec = self.spec
+        x = self._normalise(pixels)
+        baselines = baseline_pixels(
+            spec.baseline, pixels, mean=spec.preprocessing.mean, image_ids=image_ids, seed=spec.seed
+        )
+        with numerics(spec.precision, self.device):
+            scores = logits(self.network, x, self.batch_size).float()  # (image, class)
+        n_classes = scores.shape[1]
+        _check_labels(labels, image_ids, n_classes)
+        prediction = scores.argmax(dim=1)
+        label = torch.as_tensor(labels.astype(np.int64), device=self.device)
+        target = label if spec.target == "label" else prediction
+        found = integrated_gradients(
+            self.network,
+            x,
+            self._normalise(baselines),
+            target,
+            method=spec.method,
+            n_steps=spec.n_steps,
+            output=spec.output,
+            reduce=spec.reduce,
+            precision=spec.precision,
+            batch_size=self.batch_size,
+            max_error=spec.max_error,
+            max_steps=spec.max_steps,
+        )
+        maps = found.maps.contiguous().cpu().numpy()
+        finite = np.isfinite(maps).reshape(len(maps), -1).all(axis=1)
+        finite &= (found.output.isfinite() & found.baseline_output.isfinite()).cpu().numpy()
+        maps[~finite] = 0
+        attribution, scale = to_float16(maps)
+        top5 = scores.topk(min(5, n_classes), dim=1).indices
+        return {
+            "attribution": attribution,
+            "scale": scale,
+            "target": target.cpu().numpy(),
+            "prediction": prediction.cpu().numpy(),
+            "output": found.output.cpu().numpy(),
+            "baseline_output": found.baseline_output.cpu().numpy(),
+            "completeness_error": found.completeness_error.cpu().numpy(),
+            "n_steps": found.n_steps.cpu().numpy(),
+            "reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON),
+            "in_top5": (top5 == label[:, None]).any(dim=1).cpu().numpy(),
+        }
+
+    def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
+        """``(pixels / 255 - mean) / std``, float32 (image, channel, y, x) on the device."""
+        values = torch.tensor(pixels, device=self.device).float().div_(255).sub_(self._mean).div_(self._std)
+        return values.contiguous(memory_format=torch.channels_last)
+
+
+def _check_labels(labels: NDArray[np.int16], image_ids: Sequence[str], n_classes: int) -> None:
+    wrong = np.flatnonzero(labels >= n_classes)
+    if len(wrong):
+        raise UserError(
+            f"image {image_ids[wrong[0]]} has class index {labels[wrong[0]]}, but the network has {n_classes} classes "
+            f"(0 to {n_classes - 1}): the labels are another data set's"
+        )
+
+
+def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
+    """The largest power of two of pairs that half of the free memory holds, up to what the device can use."""
+    largest = _LARGEST_BATCH[probe.device.type]
+    fitting = available_memory(probe.device) // 2 // gradient_bytes(network, probe)
+    return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # torch has a class for CUDA's, and only a message for the CPU's
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

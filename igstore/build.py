@@ -1,0 +1,258 @@
+"""`igstore build`: images in, Integrated Gradients, a finished store out. The main job of the project."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from igstore import cli
+from igstore.builder import forecast, plan_build, run_build
+from igstore.errors import UserError
+from igstore.images import Split
+from igstore.info import StoreInfo, describe, store_info
+from igstore.models import Classifier, load_classifier
+from igstore.schema import (
+    Baseline,
+    BuildSpec,
+    Interpolation,
+    Method,
+    Output,
+    Precision,
+    Preprocessing,
+    Reduce,
+    Target,
+)
+
+
+def build_store(
+    model: str | Classifier | torch.nn.Module,
+    images: Any,
+    store: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    split: str = "val",
+    labels: str | os.PathLike[str] | None = None,
+    baseline: Baseline = "black",
+    target: Target = "prediction",
+    output: Output = "logit",
+    method: Method = "riemann_right",
+    n_steps: int = 50,
+    max_error: float | None = None,
+    max_steps: int | None = None,
+    precision: Precision = "float32",
+    reduce: Reduce = "sum",
+    pixels: bool = True,
+    shard_size: int = 500,
+    seed: int = 0,
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    rank: bool = True,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> StoreInfo:
+    """Attribute every image of a list with one model, into a store. The same call again goes on where it stopped.
+
+    Parameters
+    ----------
+    model
+        A name as `load_classifier` takes it, a `Classifier`, or any network in evaluation mode that maps normalised
+        (image, 3, y, x) to logits (image, class).
+    images
+        A path as `find_images` takes it, an `ImageList`, a torchvision-style data set without transform, or a sequence
+        of (id, PIL image or uint8 array (y, x, 3), label or None).
+    store
+        Folder of the store, conventionally ``NAME.zarr``.
+    weights
+        As `load_classifier` takes it; only with a name.
+    preprocessing
+        Replaces the model's own. For a bare network the default is the first image's size, and ``pixels / 255``.
+    split, labels
+        As `find_images` takes them; only with a path.
+    baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
+        The settings of `BuildSpec`, which decide what the maps are.
+    limit
+        Only the first so many images; a larger limit later extends the store.
+    device
+        ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    batch_size
+        (image, step) pairs per gradient evaluation; None fits it to the free memory.
+    workers
+        Threads that decode images; None is one a core, at most 8.
+    rank
+        Rank the 3x3 blocks at the end (`rank_store`).
+    overwrite
+        Remove a store that is there and begin anew.
+    show_progress
+        A progress bar on stderr.
+
+    Returns
+    -------
+    StoreInfo
+        What the store holds now; `failed` lists the images that could not be read or attributed.
+
+    Raises
+    ------
+    UserError
+        A setting is wrong, the store was made with other settings, or something else is in its place.
+    ModelError
+        The network is not a classifier of such images.
+    """
+    build = plan_build(
+        model,
+        images,
+        store,
+        weights=weights,
+        preprocessing=preprocessing,
+        split=split,
+        labels=labels,
+        limit=limit,
+        device=device,
+        settings={
+            "baseline": baseline,
+            "target": target,
+            "output": output,
+            "method": method,
+            "n_steps": n_steps,
+            "max_error": max_error,
+            "max_steps": max_steps,
+            "precision": precision,
+            "reduce": reduce,
+            "pixels": pixels,
+            "shard_size": shard_size,
+            "seed": seed,
+        },
+    )
+    run_build(
+        build,
+        batch_size=batch_size,
+        workers=workers,
+        rank=rank,
+        overwrite=overwrite,
+        show_progress=show_progress,
+    )
+    return store_info(build.path)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        "build",
+        "Attribute every image of a data set with Integrated Gradients, into a Zarr store. "
+        "Run the same command again after any interruption: it goes on where it stopped.",
+    )
+    what = parser.add_argument_group("what to attribute")
+    what.add_argument(
+        "--model", required=True, help="torchvision name, timm:NAME, efficientnet_lite0|1|2, or package.module:function"
+    )
+    what.add_argument(
+        "--weights",
+        help="torchvision weights name, a file, or random[:SEED]; default: the article's IMAGENET1K_V1 where it exists",
+    )
+    what.add_argument(
+        "--data",
+        default=os.environ.get("IMAGENET_DIR"),
+        help="ImageNet's root, a folder WNID/*.JPEG, or a flat folder; default: $IMAGENET_DIR",
+    )
+    what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
+    what.add_argument("--labels", help="CSV with columns file and wnid or class_index, for a flat folder")
+    what.add_argument(
+        "--limit", type=cli.positive, metavar="N", help="only the first N images; a larger N later extends the store"
+    )
+    where = parser.add_argument_group("where to")
+    where.add_argument("--store", help="folder of the store; default: MODEL.zarr")
+    where.add_argument("--shard-size", type=cli.positive, default=500, metavar="N", help="images a shard")
+    where.add_argument(
+        "--no-pixels",
+        dest="pixels",
+        action="store_false",
+        help="leave the images' pixels out: smaller, and no redistribution of the data set",
+    )
+    where.add_argument("--no-rank", dest="rank", action="store_false", help="do not rank the blocks at the end")
+    where.add_argument("--overwrite", action="store_true", help="remove the store that is there and begin anew")
+    where.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, with an estimate of the time, and stop"
+    )
+    how = parser.add_argument_group("Integrated Gradients")
+    how.add_argument("--n-steps", type=cli.positive, default=50, metavar="M", help="gradient evaluations an image")
+    how.add_argument("--method", default="riemann_right", choices=cli.choices_of(Method), help="quadrature rule")
+    how.add_argument(
+        "--baseline", default="black", choices=cli.choices_of(Baseline), help="where the path begins, in pixel space"
+    )
+    how.add_argument("--target", default="prediction", choices=cli.choices_of(Target), help="class that is attributed")
+    how.add_argument("--output", default="logit", choices=cli.choices_of(Output), help="what is attributed")
+    how.add_argument(
+        "--max-error", type=float, metavar="E", help="double the steps while the completeness error exceeds E"
+    )
+    how.add_argument("--max-steps", type=cli.positive, metavar="M", help="but not beyond M steps")
+    how.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
+    how.add_argument(
+        "--precision", default="float32", choices=cli.choices_of(Precision), help="arithmetic of the gradients"
+    )
+    how.add_argument("--seed", type=int, default=0, help="of the noise baseline")
+    pictures = parser.add_argument_group("preprocessing, where it is not the one that comes with the weights")
+    pictures.add_argument("--resize", type=cli.positive, metavar="PX", help="length of the shorter side")
+    pictures.add_argument("--crop", type=cli.positive, metavar="PX", help="side of the centre crop")
+    pictures.add_argument("--interpolation", choices=cli.choices_of(Interpolation), help="of the resize")
+    pictures.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
+    pictures.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default="auto",
+        metavar="auto|N",
+        help="(image, step) pairs a gradient evaluation",
+    )
+    machine.add_argument(
+        "--workers", type=cli.positive, metavar="N", help="threads that decode images; default: one a core, at most 8"
+    )
+    return parser
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else cli.positive(text)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore build --model NAME [--data PATH] [--store PATH] ...``."""
+    options = vars(_parser().parse_args(argv))
+    if options["data"] is None:
+        raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
+    names = {field.name for field in dataclasses.fields(BuildSpec)}
+    preprocessing = {name: options[name] for name in ("resize", "crop", "interpolation", "mean", "std")}
+    build = plan_build(
+        load_classifier(options["model"], options["weights"], **preprocessing),
+        options["data"],
+        options["store"] or options["model"].replace(":", "-").replace("/", "-") + ".zarr",
+        weights=None,
+        preprocessing=None,
+        split=options["split"],
+        labels=options["labels"],
+        limit=options["limit"],
+        device=options["device"],
+        settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
+    )
+    run = {name: options[name] for name in ("batch_size", "workers", "rank", "overwrite")}
+    if options["dry_run"]:
+        cli.say(*forecast(build, run["batch_size"]))
+        return cli.DONE
+    if build.spec.pixels:
+        cli.say(
+            "note: the store will hold the images' pixels, so whoever shares it redistributes them; "
+            "--no-pixels leaves them out"
+        )
+    run_build(build, **run, show_progress=True)
+    info = store_info(build.path)
+    cli.say(*describe(info), f"next         igstore evaluate {info.path}")
+    return cli.SOME_IMAGES_FAILED if info.failed else cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,271 @@
+"""Carrying out a build: check it, make room for it, attribute what is missing, finish.
+
+Decoding runs ahead in threads, attribution in the main thread, writing behind in a thread of its own, so that the
+accelerator waits for neither. What is finished is kept: `igstore.staging` says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from igstore import cli, layout, provenance, staging
+from igstore.attributor import Arrays, Attributor
+from igstore.decoding import Decoder, Job
+from igstore.errors import SettingsMismatchError, UserError
+from igstore.images import ImageList, as_image_list, find_images
+from igstore.models import Classifier, classifier_from_module, load_classifier
+from igstore.progress import Progress
+from igstore.rank import rank_store
+from igstore.reader import StoreReader
+from igstore.schema import BUILT, FAILED, UNKNOWN_LABEL, BuildSpec, Preprocessing
+from igstore.shards import ShardWriter
+from igstore.store import create_store, extend_store, finish_store, write_shard
+
+# Gradient evaluations in a unit, the work that a kill can cost: under a minute on two cores, about a second on a GPU.
+_UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build that has been checked and not begun."""
+
+    classifier: Classifier
+    images: ImageList
+    spec: BuildSpec
+    path: Path
+    device: torch.device
+
+
+def plan_build(
+    model: str | Classifier | torch.nn.Module,
+    images: Any,
+    store: str | os.PathLike[str],
+    *,
+    weights: str | None,
+    preprocessing: Preprocessing | None,
+    split: str,
+    labels: str | os.PathLike[str] | None,
+    limit: int | None,
+    device: str,
+    settings: dict[str, Any],
+) -> Build:
+    """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
+    if isinstance(images, (str, os.PathLike)):
+        listed = find_images(images, split=split, labels=labels)
+    elif labels is not None:
+        raise UserError("labels goes with images given as a path; otherwise each image brings its own")
+    else:
+        listed = as_image_list(images)
+    if not len(listed):
+        raise UserError("the list of images is empty")
+    classifier = _classifier(model, weights, preprocessing, listed)
+    spec = BuildSpec(
+        model=classifier.name,
+        weights=classifier.weights,
+        weights_sha256=classifier.weights_sha256,
+        preprocessing=classifier.preprocessing,
+        images_fingerprint=listed.fingerprint,
+        **settings,
+    )
+    chosen = listed.head(limit) if limit is not None else listed
+    if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
+        first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
+        raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
+    return Build(classifier, chosen, spec, Path(store), _device(device))
+
+
+def _classifier(
+    model: str | Classifier | torch.nn.Module,
+    weights: str | None,
+    preprocessing: Preprocessing | None,
+    images: ImageList,
+) -> Classifier:
+    if isinstance(model, str):
+        model = load_classifier(model, weights)
+    elif weights is not None:
+        raise UserError("weights goes with a model given by name; a network brings its own")
+    if isinstance(model, Classifier):
+        return model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a torch.nn.Module")
+    if preprocessing is None:
+        width, height = images.read(0).size
+        preprocessing = Preprocessing(resize=None, crop=(height, width), mean=(0, 0, 0), std=(1, 1, 1))
+    return classifier_from_module(model, preprocessing=preprocessing)
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise UserError(f"device is {name!r}, but this machine has {available} CUDA devices that torch can use")
+    return device
+
+
+def run_build(
+    build: Build, *, batch_size: int | None, workers: int | None, rank: bool, overwrite: bool, show_progress: bool
+) -> None:
+    """Carry out a planned build; parameters as `build_store`."""
+    started = time.monotonic()
+    _make_room(build, overwrite=overwrite)
+    store = StoreReader(build.path)
+    jobs = _jobs(build, store)
+    with_failures = [shard for shard, record in store.records.items() if record["failed"]]
+    if jobs or with_failures:
+        attributor = Attributor(build.classifier, build.spec, device=build.device, batch_size=batch_size)
+        with Decoder(build.images, build.spec.preprocessing, workers) as decoder:
+            for shard in with_failures:
+                _retry_failed(build, store, shard, attributor, decoder)
+            _attribute_all(build, store, jobs, attributor, decoder, show_progress=show_progress)
+    staging.sweep(build.path)
+    if not store.attributes["complete"]:
+        seconds = time.monotonic() - started + store.attributes["wall_seconds"]
+        finish_store(build.path, {"complete": True, "wall_seconds": round(seconds, 1), **provenance.versions()})
+    if rank and build.spec.reduce != "none":
+        rank_store(build.path, show_progress=show_progress)
+
+
+def _make_room(build: Build, *, overwrite: bool) -> None:
+    """Create the store, extend it, or see that it is this build's."""
+    path, images = build.path, build.images
+    if overwrite and (path / "zarr.json").exists():
+        StoreReader(path)  # raises where this is not a store, so that nothing else is ever removed
+        shutil.rmtree(path)
+    if not (path / "zarr.json").exists():
+        create_store(
+            path,
+            build.spec,
+            image_ids=images.ids,
+            labels=images.labels,
+            attributes={
+                "complete": False,
+                "wall_seconds": 0.0,
+                "class_names": list(images.class_names or ()),
+                "wnids": list(images.wnids or ()),
+                "device": provenance.device_name(build.device),
+                **provenance.versions(),
+            },
+        )
+        return
+    store = StoreReader(path)
+    differences = store.spec.differences(build.spec)
+    if differences:
+        listing = "; ".join(f"{name} is {theirs} there and {ours} here" for name, theirs, ours in differences)
+        raise SettingsMismatchError(
+            f"{path} was made with other settings: {listing}. Give the same, another --store, or --overwrite"
+        )
+    if len(images) > store.n_images:
+        finish_store(path, {"complete": False})
+        extend_store(path, image_ids=images.ids, labels=images.labels)
+
+
+def _jobs(build: Build, store: StoreReader) -> list[Job]:
+    """The units of every shard that is not finished, in order."""
+    step = max(1, _UNIT_EVALUATIONS[build.device.type] // build.spec.n_steps)
+    return [
+        Job(shard, start, min(start + step, last))
+        for shard in store.missing_shards
+        for first, last in [layout.shard_bounds(shard, store.n_images, store.shard_size)]
+        for start in range(first, last, step)
+    ]
+
+
+def _attribute_all(
+    build: Build, store: StoreReader, jobs: list[Job], attributor: Attributor, decoder: Decoder, *, show_progress: bool
+) -> None:
+    before = sum(last - first for first, last in (record["images"] for record in store.records.values()))
+    evaluations, errors = 0, np.zeros(0, np.float32)
+    started = time.monotonic()
+    with (
+        ShardWriter(build.path, build.spec, store.image_ids, provenance.runtime(build.device)) as writer,
+        Progress(store.n_images, done=before, label=build.spec.model, show=show_progress) as progress,
+    ):
+        missing = []
+        for job in jobs:
+            staged = staging.load_unit(build.path, job.first, len(job))
+            # a unit in which an image failed is done again whole, in the same batches
+            if staged is None or (staged["status"] == FAILED).any():
+                missing.append(job)
+            else:
+                writer.add(job, staged, is_staged=True)
+                progress.skip(len(job))
+        for job, pixels, reasons in decoder.decode(missing):
+            arrays = attributor(pixels, *_listed(build, job), reasons)
+            writer.add(job, arrays, is_staged=False)
+            evaluations += int(arrays["n_steps"].sum())
+            errors = np.append(errors, arrays["completeness_error"][arrays["status"] == BUILT])
+            rate = evaluations / (time.monotonic() - started)
+            median = f"{np.median(errors):.3f}" if len(errors) else "-"
+            progress.advance(len(job), f"{rate:.1f} gradients/s, median completeness error {median}")
+
+
+def _listed(build: Build, job: Job) -> tuple[NDArray[np.int16], Sequence[str]]:
+    return build.images.labels[job.first : job.last], build.images.ids[job.first : job.last]
+
+
+def _retry_failed(build: Build, store: StoreReader, shard: int, attributor: Attributor, decoder: Decoder) -> None:
+    """Try the failed images of a finished shard again, and write it anew if that changed anything."""
+    record = store.records[shard]
+    first, last = record["images"]
+    jobs = [Job(shard, first + place, first + place + 1) for place in _failed_places(store, first, last)]
+    changed: dict[int, Arrays] = {}
+    for job, pixels, reasons in decoder.decode(jobs):
+        arrays = attributor(pixels, *_listed(build, job), reasons)
+        if str(arrays["reason"][0]) != record["failed"].get(build.images.ids[job.first]):
+            changed[job.first - first] = arrays
+    if not changed:
+        return
+    names = [name for name in layout.variables(build.spec) if name not in layout.LISTED]
+    whole = {name: store.array(name).read(range(first, last)) for name in names}
+    failed = dict(record["failed"])
+    for place, arrays in changed.items():
+        for name in names:
+            whole[name][place] = arrays[name][0]
+        failed.pop(build.images.ids[first + place], None)
+        if reason := str(arrays["reason"][0]):
+            failed[build.images.ids[first + place]] = reason
+    in_top5 = record["in_top5"] + sum(int(arrays["in_top5"][0]) for arrays in changed.values())
+    kept = {name: value for name, value in record.items() if name not in ("shard", "images", "files")}
+    write_shard(build.path, build.spec, store.n_images, shard, whole, kept | {"failed": failed, "in_top5": in_top5})
+
+
+def _failed_places(store: StoreReader, first: int, last: int) -> list[int]:
+    return np.flatnonzero(store.status[first:last] == FAILED).tolist()
+
+
+def forecast(build: Build, batch_size: int | None) -> list[str]:
+    """What a build would do: images, shards, bytes, and time from a short measurement."""
+    done = 0
+    if (build.path / "zarr.json").exists():
+        store = StoreReader(build.path)
+        done = store.n_images - len(store.not_built)
+    left = max(0, len(build.images) - done)
+    attributor = Attributor(build.classifier, build.spec, device=build.device, batch_size=batch_size)
+    rate = attributor.measure_speed()
+    evaluations = left * build.spec.n_steps
+    n_bytes = len(build.images) * layout.image_bytes(build.spec)
+    shards = layout.shard_count(len(build.images), build.spec.shard_size)
+    return [
+        f"would build  {build.path}: {left} of {len(build.images)} images, {shards} shards of {build.spec.shard_size}",
+        f"size         {cli.size(n_bytes)} on disk",
+        f"time         about {cli.duration(evaluations / rate)}: {evaluations} gradient evaluations at {rate:.1f} a "
+        f"second on {provenance.device_name(build.device)}, {attributor.batch_size} at a time",
+    ]

@@ -1,0 +1,398 @@
+"""A deterministic list of labelled images, and one image as the pixels that a network is shown.
+
+Images come from ImageNet or a folder (`find_images`) or from Python objects (`as_image_list`). A list is sorted by
+image id and reads its images lazily, from any thread. `prepare` then resizes and crops one as torchvision's reference
+pipeline does, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import operator
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from igstore.errors import IgstoreError, ImageError, UserError
+from igstore.layouts import LAYOUT_HELP, Split, find_labels, locate, synsets
+from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice
+
+__all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "prepare", "synsets"]
+
+_MAX_LABEL = np.iinfo(np.int16).max
+
+_T = TypeVar("_T")
+_warnings_lock = threading.Lock()
+_items_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageList:
+    """Labelled images in the order of their ids, read lazily.
+
+    Made by `find_images` and `as_image_list`. It holds no open files: it may be pickled, and survives a fork.
+
+    Attributes
+    ----------
+    ids
+        One string an image, all different, sorted by code point.
+    labels
+        int16 (image,): the index of the class, -1 where it is unknown. Read-only.
+    fingerprint
+        sha256 in hexadecimal over the ids and labels of the whole list; `head` keeps it.
+    class_names, wnids
+        By class index: a readable name, and the WordNet id. None where they are not known.
+    """
+
+    ids: tuple[str, ...]
+    labels: npt.NDArray[np.int16]
+    fingerprint: str
+    class_names: tuple[str, ...] | None
+    wnids: tuple[str, ...] | None
+    _read_from_source: Callable[[int], Image.Image]  # from a position in the source to an image in mode RGB
+    _positions: npt.NDArray[np.int64]  # (image,) where each image of the list is in the source
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        labelled = np.count_nonzero(self.labels != UNKNOWN_LABEL)
+        return f"<ImageList: {len(self)} images, {labelled} labelled, fingerprint {self.fingerprint[:12]}>"
+
+    def head(self, n: int) -> ImageList:
+        """The first `n` images, or all where there are fewer, under the same fingerprint."""
+        if n < 1:
+            raise UserError(f"the first {n} images were asked for; it must be at least 1")
+        return dataclasses.replace(self, ids=self.ids[:n], labels=self.labels[:n], _positions=self._positions[:n])
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index` of the list, decoded, in mode RGB, as torchvision's ``pil_loader`` would return it.
+
+        EXIF orientation is not applied. Several threads may read at once.
+
+        Raises
+        ------
+        ImageError
+            It cannot be read (missing, empty, truncated, not an image, too large ...); the message is the reason.
+        UserError
+            A dataset gave something else than a PIL image or a uint8 array.
+        """
+        return _attempt(self._read_from_source, int(self._positions[index]))
+
+
+def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
+    """What `get` returns. Whatever it raises comes out as `ImageError`, so that one bad image stops nothing.
+
+    Pillow warns of oddities that do not hinder decoding (broken EXIF, large files). Where warnings are errors the image
+    is read again with warnings off: only then, and under a lock, because the filters belong to the whole process.
+    """
+    try:
+        try:
+            return get(*arguments)
+        except Warning:
+            with _warnings_lock, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return get(*arguments)
+    except IgstoreError:
+        raise
+    except Exception as error:  # Pillow's decoders and users' datasets may raise anything
+        raise ImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One short line that is the same in every run (some of Pillow's messages hold a memory address)."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow can identify"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def find_images(
+    data: str | os.PathLike[str], *, split: Split = "val", labels: str | os.PathLike[str] | None = None
+) -> ImageList:
+    """The labelled images of ImageNet, or of a folder, at `data`.
+
+    The first of these that holds images is taken, `data` being
+
+    1. a root with a folder ``val/`` (or ``train/``, as `split` says), laid out as in 3;
+    2. a root with ``ILSVRC2012_img_val.tar`` (or ``ILSVRC2012_img_train.tar``), which is read in place;
+    3. such a folder itself: of folders named by wnid (``n01440764/*.JPEG``), or flat.
+
+    Image ids are file stems, or the path relative to the folder where stems collide: the same for tar and folder.
+
+    Labels come from `labels` where it is given; else from the wnid that names the folder (never from the order of
+    folders); else, for a flat folder, from a CSV: the one ``*labels*.csv`` inside it, or the one beside it that names
+    at least one of its images; else, for files named ``ILSVRC2012_val_*``, from the devkit, packed or unpacked, in
+    the folder or beside it. A flat folder without any of these is unlabelled; a tar needs the devkit or `labels`.
+
+    Parameters
+    ----------
+    data
+        The root or folder; ``~`` is expanded.
+    split
+        ``"val"`` or ``"train"``: which folder or tar of a root.
+    labels
+        A CSV with a header and the columns ``file`` (path relative to the folder or its parent, or the bare file name)
+        and ``wnid``, ``class_index`` or both, which must then agree; other columns are ignored. An image that has
+        neither, or that is not named at all, is unlabelled; a file that is named and not there is an error.
+
+    Raises
+    ------
+    DataNotFoundError
+        Nothing there; the message says how to lay ImageNet out.
+    UserError
+        A folder that is no wnid, a CSV or devkit that does not fit the images, a damaged tar.
+    """
+    check_choice("split", split, Split)
+    layout = locate(Path(data).expanduser(), split)
+    indices, is_imagenet = find_labels(layout, None if labels is None else Path(labels).expanduser())
+    return _make_list(
+        _ids_from_names(layout.names),
+        indices,
+        layout.read,
+        class_names=tuple(name for _, name in synsets()) if is_imagenet else None,
+        wnids=tuple(wnid for wnid, _ in synsets()) if is_imagenet else None,
+    )
+
+
+def as_image_list(images: Any) -> ImageList:
+    """The image list of Python objects.
+
+    Parameters
+    ----------
+    images
+        One of
+
+        - an `ImageList`, which is returned as it is;
+        - a torchvision-style dataset: ``len(images)``, and ``images[i]`` gives (image, label). Labels come from its
+          ``targets``, else from one pass over it; ids from the file stems of its ``samples`` or ``imgs``, else they
+          are its indices, padded with zeros. Its ``classes`` become the class names. Labels are taken as they are:
+          those of an ``ImageFolder`` that lacks some of ImageNet's classes are not ImageNet's; use `find_images` there;
+        - a sequence of (id, image, label), the id a string, the label an int or None.
+
+        An image is a PIL image of any mode, or a uint8 array of shape (y, x, 3) or (y, x), before any transform. Items
+        are read again whenever an image is, one at a time: users' objects need not be safe for threads.
+
+    Raises
+    ------
+    UserError
+        Something else was given: a transformed dataset of float tensors, two equal ids, a label that is no integer.
+    """
+    if isinstance(images, ImageList):
+        return images
+    sized = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    if not sized or isinstance(images, str | bytes | Mapping | np.ndarray):
+        raise UserError(
+            f"images is {_describe(images)}; it must be a dataset of (image, label), or a sequence of "
+            f"(id, image, label or None). find_images(path) reads a folder or tar"
+        )
+    if len(images) == 0:
+        raise UserError("images is empty")
+    try:
+        first = _attempt(operator.getitem, images, 0)
+    except ImageError:  # the first file of a dataset is broken
+        return _from_dataset(images)
+    if not isinstance(first, tuple | list) or len(first) < 2:
+        raise UserError(f"images[0] is {_describe(first)}; it must be (image, label), or (id, image, label or None)")
+    if len(first) == 3 and isinstance(first[0], str):
+        return _from_sequence(images)
+    _attempt(_to_rgb, first[0], "images[0]")
+    return _from_dataset(images)
+
+
+def _from_sequence(images: Sequence[Any]) -> ImageList:
+    ids, labels = [], []
+    for position in range(len(images)):
+        item = images[position]
+        if not (isinstance(item, tuple | list) and len(item) == 3 and isinstance(item[0], str) and item[0]):
+            raise UserError(f"images[{position}] is {_describe(item)}; it must be (id, image, label or None)")
+        _check_image(item[1], f"images[{position}]")
+        ids.append(item[0])
+        labels.append(_to_label(item[2], f"images[{position}]"))
+    return _make_list(ids, labels, _Items(images, 1), class_names=None, wnids=None)
+
+
+def _from_dataset(dataset: Any) -> ImageList:
+    names = _sample_names(dataset)
+    digits = len(str(len(dataset) - 1))
+    class_names, wnids = _classes(dataset)
+    return _make_list(
+        [f"{index:0{digits}d}" for index in range(len(dataset))] if names is None else _ids_from_names(names),
+        _dataset_labels(dataset),
+        _Items(dataset, 0),
+        class_names=class_names,
+        wnids=wnids,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Items:
+    """Images that are part `slot` of a user's items."""
+
+    items: Any
+    slot: int
+
+    def __call__(self, position: int) -> Image.Image:
+        with _items_lock:
+            return _to_rgb(self.items[position][self.slot], f"images[{position}]")
+
+
+def _sample_names(dataset: Any) -> list[str] | None:
+    """POSIX paths of a dataset's samples, relative to its root where they are in it; None where it has none."""
+    samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
+    if not isinstance(samples, list | tuple) or len(samples) != len(dataset):
+        return None
+    if not all(isinstance(one, tuple | list) and one and isinstance(one[0], str | os.PathLike) for one in samples):
+        return None
+    root = f"{Path(getattr(dataset, 'root', '.')).as_posix()}/"
+    return [Path(one[0]).as_posix().removeprefix(root) for one in samples]
+
+
+def _dataset_labels(dataset: Any) -> list[int]:
+    targets = getattr(dataset, "targets", None)
+    if targets is not None and len(targets) == len(dataset):
+        change = getattr(dataset, "target_transform", None) or (lambda target: target)
+        return [_to_label(change(target), f"targets[{index}]") for index, target in enumerate(targets)]
+    labels = []
+    for index in range(len(dataset)):
+        try:
+            label = _attempt(lambda index: dataset[index][1], index)
+        except ImageError:  # found again, and recorded, when the image is read
+            label = None
+        labels.append(_to_label(label, f"images[{index}]"))
+    return labels
+
+
+def _classes(dataset: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Class names and wnids, in the order of the dataset's own labels."""
+    classes, wnids = getattr(dataset, "classes", None), getattr(dataset, "wnids", None)
+    if not isinstance(classes, list | tuple):
+        return None, None
+    # torchvision's ImageNet has a tuple of synonyms for each class
+    names = tuple(str(one[0] if isinstance(one, tuple | list) else one) for one in classes)
+    readable = dict(synsets())
+    if all(name in readable for name in names):  # an ImageFolder of wnids
+        return tuple(readable[name] for name in names), names
+    return names, tuple(map(str, wnids)) if isinstance(wnids, list | tuple) else None
+
+
+def _to_label(label: Any, where: str) -> int:
+    if label is None:
+        return UNKNOWN_LABEL
+    try:
+        return operator.index(label)
+    except TypeError:
+        raise UserError(f"the label of {where} is {_describe(label)}; it must be a class index or None") from None
+
+
+def _to_rgb(image: Any, where: str) -> Image.Image:
+    _check_image(image, where)
+    return (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
+
+
+def _check_image(image: Any, where: str) -> None:
+    if isinstance(image, Image.Image):
+        return
+    pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0
+    if pixels and (image.ndim == 2 or image.shape[2:] == (3,)):
+        return
+    raise UserError(
+        f"the image of {where} is {_describe(image)}; it must be a PIL image, or a uint8 array of shape (y, x, 3) or "
+        f"(y, x). Pass a dataset without its transform: igstore resizes, crops and normalises by itself"
+    )
+
+
+def _describe(value: Any) -> str:
+    """A value in a few words: its type, with the shape and dtype of an array or tensor."""
+    name = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {name} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"a {name} of length {len(value)}" if isinstance(value, tuple | list) else f"a {name}"
+
+
+def _ids_from_names(names: Sequence[str]) -> list[str]:
+    """File stems; the whole name where stems collide."""
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
+
+
+def _make_list(
+    ids: Sequence[str],
+    labels: Sequence[int],
+    read: Callable[[int], Image.Image],
+    *,
+    class_names: tuple[str, ...] | None,
+    wnids: tuple[str, ...] | None,
+) -> ImageList:
+    """Sort by id, check that ids differ, and take the fingerprint. `ids` and `labels` are in the source's order."""
+    order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
+    sorted_ids = tuple(ids[position] for position in order)
+    for one, other in itertools.pairwise(sorted_ids):
+        if one == other:
+            raise UserError(f"two images have the id {one!r}; every image needs an id of its own")
+    too_far = next((label for label in labels if not UNKNOWN_LABEL <= label <= _MAX_LABEL), None)
+    if too_far is not None:
+        raise UserError(f"a label is {too_far}; labels are class indices from 0 to {_MAX_LABEL}, or None where unknown")
+    sorted_labels = np.array(labels, dtype=np.int16)[order]
+    sorted_labels.flags.writeable = False
+    digest = hashlib.sha256()
+    for image_id, label in zip(sorted_ids, sorted_labels.tolist(), strict=True):
+        try:
+            digest.update(f"{len(image_id)} {image_id} {label}\n".encode())  # the length keeps odd ids apart
+        except UnicodeEncodeError:
+            raise UserError(f"the image id {image_id!r} is not valid Unicode; rename the file") from None
+    return ImageList(sorted_ids, sorted_labels, digest.hexdigest(), class_names, wnids, read, order)
+
+
+def prepare(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The pixels that a network is shown, before normalisation.
+
+    Equal bit for bit to torchvision's ``Resize(resize)`` and ``CenterCrop(crop)`` of a PIL image: the shorter side is
+    brought to `resize` by Pillow's antialiasing filters, and what is smaller than the crop is padded with zeros.
+
+    Parameters
+    ----------
+    image
+        A PIL image of any size; modes other than RGB are converted.
+    preprocessing
+        Its `resize`, `crop` and `interpolation` are used.
+
+    Returns
+    -------
+    uint8 (channel, y, x), with (y, x) = ``preprocessing.crop``.
+
+    Raises
+    ------
+    ImageError
+        The image is so long and narrow that its resized form exceeds Pillow's own limit of size.
+    """
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if preprocessing.resize is not None:
+        short, long = min(image.size), max(image.size)
+        resized = int(preprocessing.resize * long / short)  # rounded as torchvision does
+        if Image.MAX_IMAGE_PIXELS and preprocessing.resize * resized > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ImageError(f"too long and narrow: {long} x {short} pixels, {resized} long when resized")
+        size = (resized, preprocessing.resize) if image.width > image.height else (preprocessing.resize, resized)
+        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    height, width = preprocessing.crop
+    top, left = _crop_start(image.height, height), _crop_start(image.width, width)
+    cropped = image.crop((left, top, left + width, top + height))  # zeros outside the image
+    return np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))  # (channel, y, x)
+
+
+def _crop_start(length: int, crop: int) -> int:
+    """Where a centre crop begins, negative where it is padded. torchvision rounds the two cases differently."""
+    return round((length - crop) / 2) if crop <= length else -((crop - length) // 2)

@@ -1,0 +1,190 @@
+"""`igstore info`: what a store holds, what made it, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igstore import cli
+from igstore.reader import StoreReader
+from igstore.schema import BUILT, UNKNOWN_LABEL
+
+_FEW = 10  # names listed before "and so on"
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """A store's contents in figures.
+
+    Attributes
+    ----------
+    path, settings
+        Where it is, and the attributes of its `BuildSpec`.
+    n_images, n_built, n_failed, n_missing
+        Listed images, and how many of them are built, failed, or in no finished shard; n_images is their sum.
+    failed
+        The reason why each failed image failed, by id.
+    missing_shards
+        Numbers of the shards that are not finished.
+    n_labelled, top1, top5
+        Built images with a label, and the share of them, in percent, whose label is the model's first, or among its
+        first five, on the unmasked image; None where there is none.
+    completeness_median, completeness_p90, within_5_percent
+        Of the built images' completeness errors: median, 90th percentile, and percent of images at 0.05 or below.
+    n_steps_mean, evaluations
+        Gradient evaluations an image, on average, and in all.
+    n_bytes
+        Size on disk of everything that finished shards hold, rankings included.
+    wall_seconds, devices
+        Time spent attributing, and what on.
+    rankings
+        Finished shards of each ranking, by name.
+    """
+
+    path: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    n_images: int
+    n_built: int
+    n_failed: int
+    n_missing: int
+    n_shards: int
+    failed: dict[str, str]
+    missing_shards: list[int]
+    n_labelled: int
+    top1: float | None
+    top5: float | None
+    completeness_median: float | None
+    completeness_p90: float | None
+    within_5_percent: float | None
+    n_steps_mean: float | None
+    evaluations: int
+    n_bytes: int
+    wall_seconds: float
+    devices: list[str]
+    rankings: dict[str, int]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every listed image is built or failed."""
+        return self.n_missing == 0
+
+
+def store_info(path: str | os.PathLike[str]) -> StoreInfo:
+    """Read a store's figures; needs neither torch nor the maps.
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is no store at `path`.
+    SettingsMismatchError
+        It is not a store of this format version.
+    """
+    store = StoreReader(path)
+    records = [store.records[shard] for shard in sorted(store.records)]
+    rankings = {name: store.ranking(name).records for name in store.rankings}
+    built = store.status == BUILT
+    labelled = built & (store.scalars("label") != UNKNOWN_LABEL)
+    n_labelled = int(labelled.sum())
+    correct = store.scalars("prediction")[labelled] == store.scalars("label")[labelled]
+    errors = store.scalars("completeness_error")[built]
+    failed = store.failed
+    ranked = [record for of_ranking in rankings.values() for record in of_ranking.values()]
+    return StoreInfo(
+        path=str(path),
+        settings=store.spec.to_attributes(),
+        versions=store.attributes.get("versions", {}),
+        n_images=store.n_images,
+        n_built=int(built.sum()),
+        n_failed=len(failed),
+        n_missing=len(store.not_built),
+        n_shards=store.n_shards,
+        failed=failed,
+        missing_shards=store.missing_shards,
+        n_labelled=n_labelled,
+        top1=_percent(correct),
+        top5=100 * sum(record["in_top5"] for record in records) / n_labelled if n_labelled else None,
+        completeness_median=float(np.median(errors)) if len(errors) else None,
+        completeness_p90=float(np.quantile(errors, 0.9, method="higher")) if len(errors) else None,
+        within_5_percent=_percent(errors <= 0.05),
+        n_steps_mean=float(store.scalars("n_steps")[built].mean()) if built.any() else None,
+        evaluations=sum(record["evaluations"] for record in records),
+        n_bytes=sum(file["bytes"] for record in [*records, *ranked] for file in record["files"].values()),
+        wall_seconds=sum(record["seconds"] for record in records),
+        devices=sorted({record["device"] for record in records}),
+        rankings={name: len(of_ranking) for name, of_ranking in rankings.items()},
+    )
+
+
+def _percent(flags: NDArray[np.bool_]) -> float | None:
+    return 100 * float(flags.mean()) if len(flags) else None
+
+
+def describe(info: StoreInfo) -> list[str]:
+    """A store's figures as lines for people."""
+    settings = info.settings
+    height, width = settings["crop"]
+    steps = f"{settings['n_steps']} steps"
+    if settings["max_error"] is not None:
+        steps += f", doubled up to {settings['max_steps']} while the completeness error exceeds {settings['max_error']}"
+    lines = [
+        f"store        {info.path}",
+        f"model        {settings['model']}, weights {settings['weights']} (sha256 {settings['weights_sha256'][:12]})",
+        f"input        resize {settings['resize']}, crop {height}x{width}, {settings['interpolation']}",
+        f"attribution  {settings['method']}, {steps}, baseline {settings['baseline']}, target {settings['target']}, "
+        f"output {settings['output']}, reduce {settings['reduce']}, {settings['precision']}",
+        f"images       {info.n_images}: {info.n_built} built, {info.n_failed} failed, {info.n_missing} missing; "
+        f"{info.n_shards} shards",
+    ]
+    if info.top1 is not None and info.top5 is not None:
+        lines.append(
+            f"unmasked     top-1 {info.top1:.2f}%, top-5 {info.top5:.2f}% of {info.n_labelled} labelled images"
+        )
+    if info.completeness_median is not None:
+        lines.append(
+            f"completeness median error {info.completeness_median:.3f}, 90% below {info.completeness_p90:.3f}; "
+            f"{info.within_5_percent:.1f}% of images within 5%"
+        )
+        lines.append(
+            f"work         {info.evaluations} gradient evaluations, {info.n_steps_mean:.1f} an image, "
+            f"{cli.duration(info.wall_seconds)} on {', '.join(info.devices)}"
+        )
+        pixels = "with pixels" if settings["pixels"] else "without pixels"
+        each = cli.size(info.n_bytes / (info.n_built + info.n_failed))
+        lines.append(f"size         {cli.size(info.n_bytes)}, {each} an image {pixels}")
+    ranked = [
+        name if shards == info.n_shards else f"{name} ({shards} of {info.n_shards} shards)"
+        for name, shards in info.rankings.items()
+    ]
+    lines.append(f"rankings     {', '.join(ranked) or 'none'}")
+    lines += _listed("missing     ", [f"shard {shard}" for shard in info.missing_shards])
+    lines += _listed("failed      ", [f"{image}: {reason}" for image, reason in info.failed.items()])
+    return lines
+
+
+def _listed(title: str, items: Sequence[str]) -> list[str]:
+    more = [f"{' ' * len(title)} and {len(items) - _FEW} more"] if len(items) > _FEW else []
+    heads = [title, *[" " * len(title)] * _FEW]
+    return [f"{head} {item}" for head, item in zip(heads, items[:_FEW], strict=False)] + more
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore info STORE``."""
+    parser = cli.Parser("info", "Say what a store holds, what made it, and what is missing.")
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines for people")
+    options = parser.parse_args(argv)
+    info = store_info(options.store)
+    cli.say(*([json.dumps(dataclasses.asdict(info))] if options.json else describe(info)))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,141 @@
+"""How a store is laid out: its variables, its shards, the names of its files. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igstore.blocks import rank_dtype
+from igstore.errors import UserError
+from igstore.schema import (
+    BLOCK_X,
+    BLOCK_Y,
+    CHANNEL,
+    FAILED,
+    IMAGE,
+    NOT_BUILT,
+    UNKNOWN_LABEL,
+    BuildSpec,
+    Score,
+    X,
+    Y,
+    check_choice,
+)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An array of a store: its dimensions, dtype, and the value that stands for "not built yet"."""
+
+    dims: tuple[str, ...]
+    dtype: str
+    fill_value: float | int | str
+    description: str
+
+    @property
+    def is_sharded(self) -> bool:
+        """Image-shaped: shards of many images with an inner chunk of one."""
+        return len(self.dims) > 1
+
+
+def _scalar(dtype: str, fill_value: float | int | str, description: str) -> Variable:
+    return Variable((IMAGE,), dtype, fill_value, description)
+
+
+# What the image list says; known before anything is computed.
+LISTED = {
+    "image_id": _scalar("string", "", "file stem, or relative path where stems collide"),
+    "label": _scalar("int16", UNKNOWN_LABEL, "ground-truth class index, -1 unknown"),
+}
+
+# What a failed image holds: the same as one that is not built, but for `status`.
+_COMPUTED = {
+    "scale": _scalar("float32", 1.0, "power of two that multiplies the stored map"),
+    "target": _scalar("int16", -1, "class index that was attributed"),
+    "prediction": _scalar("int16", -1, "class index that the model predicts on the unmasked image"),
+    "output": _scalar("float32", np.nan, "f(x), the target's output on the image"),
+    "baseline_output": _scalar("float32", np.nan, "f(b), the target's output on the baseline"),
+    "completeness_error": _scalar("float32", np.nan, "|sum - (f(x)-f(b))| / |f(x)-f(b)| before float16 rounding"),
+    "n_steps": _scalar("int16", 0, "gradient evaluations behind the stored map"),
+    # last: a shard's statuses are written after everything else that they speak of
+    "status": _scalar("uint8", NOT_BUILT, f"{NOT_BUILT} not built, 1 built, {FAILED} failed"),
+}
+
+
+def variables(spec: BuildSpec) -> dict[str, Variable]:
+    """The variables of a store made with `spec`, by name, in the order in which a shard's pieces are written."""
+    map_dims = (IMAGE, CHANNEL, Y, X) if spec.reduce == "none" else (IMAGE, Y, X)
+    image_shaped = {"attribution": Variable(map_dims, "float16", 0.0, "Integrated Gradients divided by scale")}
+    if spec.pixels:
+        dims = (IMAGE, CHANNEL, Y, X)
+        image_shaped["pixels"] = Variable(
+            dims, "uint8", 0, "the model's resized and cropped input, before normalisation"
+        )
+    return image_shaped | LISTED | _COMPUTED
+
+
+def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
+    """Every variable that a build computes, for `count` images that hold nothing yet: what a failed image keeps."""
+    lengths = sizes(spec)
+    return {
+        name: np.full((count, *(lengths[dim] for dim in variable.dims[1:])), variable.fill_value, variable.dtype)
+        for name, variable in variables(spec).items()
+        if name not in LISTED
+    }
+
+
+def rank_variables(n_blocks: int) -> dict[str, Variable]:
+    """The variables of a ranking of `n_blocks` blocks an image."""
+    dims = (IMAGE, BLOCK_Y, BLOCK_X)
+    return {
+        "rank": Variable(dims, rank_dtype(n_blocks).name, 0, "0 = highest score, a permutation"),
+        "share": Variable(dims, "float32", 0.0, "share of the total score held by the blocks ranked before this one"),
+    }
+
+
+def sizes(spec: BuildSpec) -> dict[str, int]:
+    """Length of every dimension of an image in pixels, by name."""
+    height, width = spec.preprocessing.crop
+    return {CHANNEL: 3, Y: height, X: width}
+
+
+def image_bytes(spec: BuildSpec) -> int:
+    """Bytes on disk that a build writes for one image, ids, labels and metadata apart."""
+    return sum(array.nbytes for array in unbuilt(spec, 1).values())
+
+
+def shard_count(n_images: int, shard_size: int) -> int:
+    """Shards that hold `n_images`; the last may be short."""
+    return -(-n_images // shard_size)
+
+
+def shard_bounds(shard: int, n_images: int, shard_size: int) -> tuple[int, int]:
+    """First image of a shard, and the one after its last."""
+    return shard * shard_size, min((shard + 1) * shard_size, n_images)
+
+
+def shard_file(array: str, shard: int, n_dims: int) -> str:
+    """The file that holds a shard of an array, relative to the store's root, in Zarr's default chunk-key encoding."""
+    return "/".join([array, "c", str(shard), *["0"] * (n_dims - 1)])
+
+
+def record_file(shard: int, ranking: str | None = None) -> str:
+    """The record of a shard of the build, or of one of a ranking's shards, relative to the store's root."""
+    return f"records/{ranking}/{shard:05d}.json" if ranking else f"records/{shard:05d}.json"
+
+
+def ranking_name(score: str, block: int) -> str:
+    """The name of a ranking: ``positive-3``.
+
+    Raises
+    ------
+    UserError
+        Unknown score, or a block below 1 pixel.
+    """
+    check_choice("score", score, Score)
+    if block < 1:
+        raise UserError(f"block is {block}; it must be at least 1 pixel")
+    return f"{score}-{block}"

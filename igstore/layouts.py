@@ -1,0 +1,352 @@
+"""Where images lie on disk and what their labels are: ImageNet packed or unpacked, folders, CSVs of labels.
+
+Labels are ImageNet's class indices by wnid, or whatever index a CSV gives; never the order of folders.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import io
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from igstore.errors import DataNotFoundError, ImageError, UserError
+from igstore.schema import UNKNOWN_LABEL
+
+Split = Literal["val", "train"]
+
+EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+DEVKIT = "ILSVRC2012_devkit_t12"
+
+LAYOUT_HELP = f"""\
+igstore never downloads ImageNet. Lay it out in one of these ways, and give ROOT (--data ROOT, or IMAGENET_DIR=ROOT):
+  ROOT/ILSVRC2012_img_val.tar and ROOT/{DEVKIT}.tar.gz    the official files, kept packed
+  ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG ...                one folder for each wnid
+For the training images: ROOT/ILSVRC2012_img_train.tar, or ROOT/train/n01440764/*.JPEG. A flat folder of images, with
+or without a CSV of labels, is read too. data/README.md in igstore's repository says it at length."""
+
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Images in one place, in no particular order.
+
+    Attributes
+    ----------
+    place
+        The folder or tar that holds them.
+    names
+        POSIX path of each image, relative to the folder; a tar's are those of the unpacked folder.
+    read
+        From a position in `names` to the decoded image in mode RGB. Safe to call from several threads.
+    """
+
+    place: Path
+    names: list[str]
+    read: Callable[[int], Image.Image]
+
+
+@cache
+def synsets() -> tuple[tuple[str, str], ...]:
+    """ImageNet's 1000 classes in the order of their index: (wnid, first synonym)."""
+    text = importlib.resources.files("igstore").joinpath("synset_words.txt").read_text(encoding="utf-8")
+    pairs = (line.split(" ", 1) for line in text.splitlines())
+    return tuple((wnid, words.split(", ")[0]) for wnid, words in pairs)
+
+
+@cache
+def _class_index() -> dict[str, int]:
+    return {wnid: index for index, (wnid, _) in enumerate(synsets())}
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def locate(root: Path, split: Split) -> Layout:
+    """The first of ``root/<split>/``, ``root/ILSVRC2012_img_<split>.tar`` and `root` itself that holds images.
+
+    Raises
+    ------
+    DataNotFoundError
+        None of them does; the message says how to lay ImageNet out.
+    UserError
+        A folder cannot be listed, or a tar is damaged.
+    """
+    if not root.is_dir():
+        what = "is a file; give the folder that holds it" if root.exists() else "does not exist"
+        raise DataNotFoundError(f"{root} {what}.\n{LAYOUT_HELP}")
+    tar = root / f"ILSVRC2012_img_{split}.tar"
+    if names := _list_folder(root / split):
+        return Layout(root / split, names, _Files(str(root / split), tuple(names)))
+    if tar.is_file():
+        names, offsets, sizes = _list_tar(tar, split)
+        if names:
+            return Layout(tar, names, _TarSlices(str(tar), np.array(offsets), np.array(sizes)))
+    if names := _list_folder(root):
+        return Layout(root, names, _Files(str(root), tuple(names)))
+    raise DataNotFoundError(f"no images of split {split!r} in {root}.\n{LAYOUT_HELP}")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Images that are files of their own."""
+
+    folder: str
+    names: tuple[str, ...]
+
+    def __call__(self, position: int) -> Image.Image:
+        return _decode(Path(self.folder, self.names[position]).read_bytes())
+
+
+@dataclass(frozen=True, eq=False)
+class _TarSlices:
+    """Images that are runs of bytes in a tar. Each read opens the tar anew, so threads and processes share nothing."""
+
+    path: str
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    def __call__(self, position: int) -> Image.Image:
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offsets[position])
+            return _decode(file.read(self.sizes[position]))
+
+
+def _decode(data: bytes) -> Image.Image:
+    if not data:
+        raise ImageError("empty file (0 bytes)")
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _list_folder(folder: Path) -> list[str]:
+    """Names of the images in `folder` and in the folders directly inside it; hidden ones are passed over."""
+    names: list[str] = []
+    if not folder.is_dir():
+        return names
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir() and not entry.name.startswith("."):
+                    with os.scandir(entry) as inner:
+                        names += [f"{entry.name}/{one.name}" for one in inner if _is_image(one.name)]
+                elif _is_image(entry.name):
+                    names.append(entry.name)
+    except OSError as error:
+        raise UserError(f"cannot list {error.filename or folder}: {error.strerror}") from error
+    return names
+
+
+def _list_tar(path: Path, split: Split) -> tuple[list[str], list[int], list[int]]:
+    """Names, offsets in the file and sizes of the images in an official tar: of images (val), or of tars (train)."""
+    names: list[str] = []
+    offsets: list[int] = []
+    sizes: list[int] = []
+
+    def add_images(tar: tarfile.TarFile, start: int, prefix: str) -> None:
+        for member in tar:
+            name = os.path.basename(member.name)
+            if member.isfile() and _is_image(name):
+                names.append(prefix + name)
+                offsets.append(start + member.offset_data)
+                sizes.append(member.size)
+
+    try:
+        with tarfile.open(path, "r:") as tar:
+            if split == "val":
+                add_images(tar, 0, "")
+            else:
+                for member in tar:
+                    wnid, extension = os.path.splitext(os.path.basename(member.name))
+                    inner = tar.extractfile(member) if extension == ".tar" and not wnid.startswith(".") else None
+                    if inner is not None:
+                        with inner, tarfile.open(fileobj=inner, mode="r:") as inner_tar:
+                            add_images(inner_tar, member.offset_data, f"{wnid}/")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); fetch or copy it again") from error
+    return names, offsets, sizes
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def find_labels(layout: Layout, csv_path: Path | None) -> tuple[list[int], bool]:
+    """The class index of each of `layout.names`, -1 where unknown, and whether the classes are ImageNet's.
+
+    `igstore.images.find_images` documents where they are looked for.
+    """
+    if csv_path is not None:
+        return _labels_from_csv(layout, _read_csv(csv_path))
+    if any("/" in name for name in layout.names):
+        return _labels_from_folders(layout), True
+    if layout.place.is_dir() and (table := _find_csv(layout)):
+        return _labels_from_csv(layout, table)
+    devkit = _find_devkit(layout.place)
+    if devkit and (layout.place.is_file() or all(map(_VAL_NAME.fullmatch, layout.names))):
+        return _labels_from_devkit(layout, devkit), True
+    if layout.place.is_file():
+        raise DataNotFoundError(f"no labels for {layout.place}: put {DEVKIT}.tar.gz beside it, or name a labels CSV")
+    return [UNKNOWN_LABEL] * len(layout.names), False
+
+
+def _labels_from_folders(layout: Layout) -> list[int]:
+    labels = []
+    for name in layout.names:
+        wnid, slash, _ = name.partition("/")
+        if not slash:
+            raise UserError(
+                f"{layout.place} holds images ({name}) beside folders of images: keep one of the two, or name a "
+                f"labels CSV"
+            )
+        if wnid not in _class_index():
+            raise UserError(
+                f"the folder {wnid!r} in {layout.place} is not one of ImageNet's 1000 wnids (such as n01440764): for "
+                f"other classes name a labels CSV (file,class_index), or call build_store from Python with a dataset"
+            )
+        labels.append(_class_index()[wnid])
+    return labels
+
+
+@dataclass(frozen=True)
+class _LabelTable:
+    """A CSV of labels: class index (-1 unknown) by what its column ``file`` says."""
+
+    path: Path
+    label_of: dict[str, int]
+    has_wnids: bool
+
+
+def _read_csv(path: Path) -> _LabelTable:
+    label_of: dict[str, int] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            header = rows.fieldnames or []
+            if "file" not in header or not {"wnid", "class_index"} & set(header):
+                raise UserError(f"{path} begins {','.join(header)!r}; it must begin file,wnid or file,class_index")
+            for row in rows:
+                where = f"{path} line {rows.line_num}"
+                name, wnid, index = ((row.get(column) or "").strip() for column in ("file", "wnid", "class_index"))
+                name = name.removeprefix("./")
+                if not name or name in label_of:
+                    raise UserError(f"{where} names {f'{name!r} a second time' if name else 'no file'}")
+                label_of[name] = _parse_label(wnid, index, where)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the labels CSV {path} cannot be read: {error}") from error
+    return _LabelTable(path, label_of, "wnid" in header)
+
+
+def _parse_label(wnid: str, class_index: str, where: str) -> int:
+    try:
+        index = int(class_index or UNKNOWN_LABEL)
+    except ValueError:
+        raise UserError(f"{where}: class_index is {class_index!r}; it must be a whole number") from None
+    if not wnid:
+        return index
+    if wnid not in _class_index():
+        raise UserError(f"{where}: {wnid!r} is not one of ImageNet's 1000 wnids; give other classes by class_index")
+    if class_index and index != _class_index()[wnid]:
+        raise UserError(f"{where}: class_index is {index}, but {wnid} is class {_class_index()[wnid]}")
+    return _class_index()[wnid]
+
+
+def _find_csv(layout: Layout) -> _LabelTable | None:
+    """The one ``*labels*.csv`` inside the folder; else the one beside it that names at least one of its images."""
+    folder = Path(os.path.abspath(layout.place))
+    tables = _read_csvs_in(folder)
+    if not tables and (beside := _read_csvs_in(folder.parent)):
+        positions = _positions(layout)
+        tables = [table for table in beside if not positions.keys().isdisjoint(table.label_of)]
+    if len(tables) > 1:
+        paths = ", ".join(str(table.path) for table in tables)
+        raise UserError(f"several CSVs may hold the labels of {layout.place}: {paths}; name the one to use")
+    return tables[0] if tables else None
+
+
+def _read_csvs_in(folder: Path) -> list[_LabelTable]:
+    return [_read_csv(path) for path in sorted(folder.glob("*labels*.csv")) if not path.name.startswith(".")]
+
+
+def _positions(layout: Layout) -> dict[str, int]:
+    """Position of an image by each way to name it: relative to the folder or its parent, or bare if that is unique."""
+    bare = [os.path.basename(name) for name in layout.names]
+    counts = Counter(bare)
+    positions = {name: position for position, name in enumerate(bare) if counts[name] == 1}
+    for position, name in enumerate(layout.names):
+        positions[f"{layout.place.name}/{name}"] = positions[name] = position
+    return positions
+
+
+def _labels_from_csv(layout: Layout, table: _LabelTable) -> tuple[list[int], bool]:
+    positions = _positions(layout)
+    missing = [name for name in table.label_of if name not in positions]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(table.label_of)} files named in {table.path} are not in {layout.place}, "
+            f"the first being {missing[0]!r}: remove those rows, or add the images"
+        )
+    labels: dict[int, int] = {}
+    for name, label in table.label_of.items():
+        if labels.setdefault(positions[name], label) != label:
+            raise UserError(f"{table.path} gives two labels to {layout.names[positions[name]]!r}")
+    return [labels.get(position, UNKNOWN_LABEL) for position in range(len(layout.names))], table.has_wnids
+
+
+def _find_devkit(place: Path) -> Path | None:
+    """The devkit, packed or unpacked: in the folder, or beside the folder or tar."""
+    folders = (place, Path(os.path.abspath(place)).parent)
+    candidates = (folder / name for folder in folders for name in (f"{DEVKIT}.tar.gz", DEVKIT))
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _labels_from_devkit(layout: Layout, devkit: Path) -> list[int]:
+    truth = _read_devkit(devkit)
+    labels = []
+    for name in layout.names:
+        match = _VAL_NAME.fullmatch(name)
+        if match is None or not 1 <= int(match[1]) <= len(truth):
+            raise UserError(
+                f"{devkit} labels ILSVRC2012_val_00000001.JPEG to {len(truth):08d}, and {name!r} in {layout.place} is "
+                f"not one of them: remove it, or name a labels CSV"
+            )
+        labels.append(truth[int(match[1]) - 1])
+    return labels
+
+
+def _read_devkit(devkit: Path) -> list[int]:
+    """The class index of each validation image, by its number less one.
+
+    The ground truth gives the devkit's own ids, which are not the class order: meta.mat says which wnid an id is.
+    """
+    import scipy.io  # slow to load, and only this layout needs it
+
+    wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+    try:
+        if devkit.is_dir():
+            meta, truth = ((devkit / name).read_bytes() for name in wanted)
+        else:
+            with tarfile.open(devkit) as tar:
+                files = (tar.extractfile(f"{DEVKIT}/{name}") for name in wanted)
+                meta, truth = (file.read() for file in files if file is not None)
+        table = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        wnid_of = dict(zip(map(int, table["ILSVRC2012_ID"]), map(str, table["WNID"]), strict=True))
+        return [_class_index()[wnid_of[int(line)]] for line in truth.split()]
+    except Exception as error:  # on damaged bytes scipy's reader may raise anything
+        raise UserError(f"{devkit} is damaged, or not the devkit ({type(error).__name__}: {error})") from error

@@ -1,0 +1,176 @@
+"""Names of dimensions and variables, the settings that make a store, and the format version. No I/O, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from igstore.errors import SettingsMismatchError, UserError
+
+FORMAT_VERSION = 1
+
+IMAGE, CHANNEL, Y, X = "image", "channel", "y", "x"
+BLOCK_Y, BLOCK_X = "block_y", "block_x"
+
+Method = Literal[
+    "riemann_right", "riemann_left", "riemann_middle", "riemann_trapezoid", "gausslegendre", "quadratic_midpoint"
+]
+Baseline = Literal["black", "mean", "white", "blur", "noise"]
+Target = Literal["prediction", "label"]
+Output = Literal["logit", "probability"]
+Reduce = Literal["sum", "positive", "absolute", "none"]
+Precision = Literal["float32", "tf32", "float16"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+Score = Literal["positive", "absolute", "signed"]
+Select = Literal["mass", "count"]
+Keep = Literal["top", "bottom"]
+Fill = Literal["black", "mean", "image_mean", "blur", "noise"]
+Order = Literal["attribution", "random"]
+
+# `status` of an image
+NOT_BUILT, BUILT, FAILED = 0, 1, 2
+
+UNKNOWN_LABEL = -1
+
+
+def check_choice(field: str, value: object, choices: Any) -> None:
+    """Raise `UserError` unless `value` is one of `choices`: a `Literal` type or a collection of strings."""
+    allowed = get_args(choices) or tuple(choices)
+    if value not in allowed:
+        raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded RGB image to a network's input, in torchvision's order: resize, centre crop, /255, normalise.
+
+    Parameters
+    ----------
+    resize
+        Length in pixels that the shorter side is brought to (the longer keeps the aspect ratio); None leaves the size.
+    crop
+        (height, width) in pixels of the centre crop: the size of `pixels` and of the maps.
+    interpolation
+        Pillow's filter for the resize.
+    mean, std
+        Per channel, in [0, 1] units: the network sees ``(pixels / 255 - mean) / std``.
+    """
+
+    resize: int | None
+    crop: tuple[int, int]
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crop", tuple(int(side) for side in self.crop))
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        check_choice("interpolation", self.interpolation, Interpolation)
+        if self.resize is not None and self.resize < 1:
+            raise UserError(f"resize is {self.resize}; it must be at least 1 pixel")
+        if len(self.crop) != 2 or min(self.crop) < 1:
+            raise UserError(f"crop is {self.crop}; it must be (height, width), each at least 1 pixel")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"mean {self.mean} and std {self.std} must have three values each, std above 0")
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """Everything that decides what a store's maps are. Two runs with equal specs write one store; others are refused.
+
+    Device, batch size, library versions and times are recorded per shard and are not part of it; nor is how many
+    images of the list are built (`--limit`), so that a store can grow.
+    """
+
+    model: str
+    weights: str
+    weights_sha256: str
+    preprocessing: Preprocessing
+    images_fingerprint: str  # of the whole list, before --limit
+    baseline: Baseline = "black"
+    target: Target = "prediction"
+    output: Output = "logit"
+    method: Method = "riemann_right"
+    n_steps: int = 50
+    max_error: float | None = None
+    max_steps: int | None = None
+    precision: Precision = "float32"
+    reduce: Reduce = "sum"
+    pixels: bool = True
+    shard_size: int = 500
+    seed: int = 0
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for field, choices in (
+            ("baseline", Baseline),
+            ("target", Target),
+            ("output", Output),
+            ("method", Method),
+            ("precision", Precision),
+            ("reduce", Reduce),
+        ):
+            check_choice(field, getattr(self, field), choices)
+        if not 1 <= self.n_steps <= 32767:
+            raise UserError(f"n_steps is {self.n_steps}; it must be between 1 and 32767")
+        if self.shard_size < 1:
+            raise UserError(f"shard_size is {self.shard_size}; it must be at least 1 image")
+        if (self.max_error is None) != (self.max_steps is None):
+            raise UserError("max_error and max_steps go together: give both, or neither")
+        if self.max_error is not None and self.max_steps is not None:
+            if self.method != "riemann_right":
+                raise UserError(
+                    f"max_error needs method riemann_right, whose points for m steps are among those for 2m; "
+                    f"method is {self.method}"
+                )
+            if not (math.isfinite(self.max_error) and self.max_error > 0):
+                raise UserError(f"max_error is {self.max_error}; it must be a positive number, e.g. 0.05")
+            if not self.n_steps <= self.max_steps <= 32767:
+                raise UserError(f"max_steps is {self.max_steps}; it must be between n_steps ({self.n_steps}) and 32767")
+
+    def to_attributes(self) -> dict[str, Any]:
+        """The spec as JSON-ready attributes of a store's root group, preprocessing flattened into them."""
+        flat = dataclasses.asdict(self)
+        flat.update(flat.pop("preprocessing"))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, Any]) -> BuildSpec:
+        """The spec that `to_attributes` wrote; other attributes are ignored.
+
+        Raises
+        ------
+        SettingsMismatchError
+            The format version is not this library's, or fields are missing: the store is foreign or of another version.
+        """
+        version = attributes.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SettingsMismatchError(
+                f"format version is {version!r}; this igstore reads version {FORMAT_VERSION}: "
+                + (
+                    "not a store made by igstore"
+                    if version is None
+                    else "install the igstore that wrote it, or rebuild"
+                )
+            )
+        parts = [field.name for field in dataclasses.fields(Preprocessing)]
+        own = [field.name for field in dataclasses.fields(cls) if field.name != "preprocessing"]
+        missing = [name for name in [*own, *parts] if name not in attributes]
+        if missing:
+            raise SettingsMismatchError(
+                f"the store's attributes lack {', '.join(missing)}: not a store made by igstore"
+            )
+        try:
+            preprocessing = Preprocessing(**{name: attributes[name] for name in parts})
+            return cls(preprocessing=preprocessing, **{name: attributes[name] for name in own})
+        except (TypeError, ValueError) as error:
+            raise SettingsMismatchError(f"the store's attributes are not a valid build: {error}") from error
+
+    def differences(self, other: BuildSpec) -> list[tuple[str, Any, Any]]:
+        """(field, value here, value there) for every field in which the two specs differ; empty when equal."""
+        here, there = self.to_attributes(), other.to_attributes()
+        return [(name, here[name], there[name]) for name in here if here[name] != there[name]]

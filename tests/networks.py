@@ -1,0 +1,54 @@
+"""Small networks whose Integrated Gradients are known, or that misbehave in a known way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Smooth(nn.Module):
+    """A small convolutional classifier, smooth, so that float64 comparisons mean something."""
+
+    def __init__(self, n_classes: int = 7, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 8, 3, stride=2), nn.Softplus(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Tanh()
+            )
+            self.head = nn.Linear(8, n_classes)
+        nn.init.uniform_(self.body[3].running_mean, -0.5, 0.5)
+        nn.init.uniform_(self.body[3].running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+
+class Linear(nn.Module):
+    """Logits linear in the pixels: IG is exactly w (x - b), for every rule and any number of steps."""
+
+    def __init__(self, n_classes: int = 5, size: int = 6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_classes, 3, size, size, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ncyx,kcyx->nk", x, self.weight)
+
+
+class Quadratic(nn.Module):
+    """Logit k is (k + 1) times the sum of squares: the gradient at b + a (x - b) is 2 (k + 1) (b + a (x - b))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = (x**2).sum(dim=(1, 2, 3))
+        return torch.stack([total, 2 * total, 3 * total], dim=1)
+
+
+class InPlace(nn.Module):
+    """Begins with an in-place operation on its own input, which a leaf refuses and a captured tensor gets wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.relu_(x))

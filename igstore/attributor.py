@@ -17,7 +17,7 @@ from igstore.attribution import integrated_gradients, logits, numerics, to_float
 from igstore.baselines import baseline_pixels
 from igstore.errors import UserError
 from igstore.memory import available_memory, gradient_bytes
-from igstore.models import Classifier
+from igstore.models import Classifier, normalise
 from igstore.schema import BUILT, FAILED, BuildSpec
 
 Arrays = dict[str, NDArray[Any]]
@@ -60,8 +60,6 @@ class Attributor:
             self.network = accelerate(classifier.network, probe)
             self._may_shrink = batch_size is None
             self.batch_size = batch_size or _fitting_batch(self.network, probe)
-        self._mean = torch.tensor(spec.preprocessing.mean, device=device)[:, None, None]
-        self._std = torch.tensor(spec.preprocessing.std, device=device)[:, None, None]
 
     def __call__(
         self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str], reasons: Sequence[str]
@@ -191,9 +189,8 @@ class Attributor:
         }
 
     def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
-        """``(pixels / 255 - mean) / std``, float32 (image, channel, y, x) on the device."""
-        values = torch.tensor(pixels, device=self.device).float().div_(255).sub_(self._mean).div_(self._std)
-        return values.contiguous(memory_format=torch.channels_last)
+        on_device = torch.as_tensor(np.ascontiguousarray(pixels), device=self.device)
+        return normalise(on_device, self.spec.preprocessing).contiguous(memory_format=torch.channels_last)
 
 
 def _check_labels(labels: NDArray[np.int16], image_ids: Sequence[str], n_classes: int) -> None:

@@ -25,15 +25,15 @@ def _white(pixels: Pixels, context: FillContext) -> Values:
 def _mean(pixels: Pixels, context: FillContext) -> Values:
     """The model's mean colour, not rounded to a pixel value: captum's zero baseline on normalised input."""
     colour = (255 * np.asarray(context.mean)).astype(np.float32)
-    return np.broadcast_to(colour[:, None, None], pixels.shape)
+    return np.zeros(pixels.shape, np.float32) + colour[:, None, None]
 
 
 def _blur(pixels: Pixels, context: FillContext) -> Values:
-    return FILLS["blur"](pixels, context).astype(np.float32)
+    return np.asarray(FILLS["blur"](pixels, context), np.float32)
 
 
 def _noise(pixels: Pixels, context: FillContext) -> Values:
-    return FILLS["noise"](pixels, context).astype(np.float32)
+    return np.asarray(FILLS["noise"](pixels, context), np.float32)
 
 
 BASELINES: dict[str, Callable[[Pixels, FillContext], Values]] = {

@@ -35,7 +35,7 @@ def build_store(
     *,
     weights: str | None = None,
     preprocessing: Preprocessing | None = None,
-    split: str = "val",
+    split: Split = "val",
     labels: str | os.PathLike[str] | None = None,
     baseline: Baseline = "black",
     target: Target = "prediction",

@@ -23,7 +23,7 @@ from igstore import cli, layout, provenance, staging
 from igstore.attributor import Arrays, Attributor
 from igstore.decoding import Decoder, Job
 from igstore.errors import SettingsMismatchError, UserError
-from igstore.images import ImageList, as_image_list, find_images
+from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.progress import Progress
 from igstore.rank import rank_store
@@ -54,7 +54,7 @@ def plan_build(
     *,
     weights: str | None,
     preprocessing: Preprocessing | None,
-    split: str,
+    split: Split,
     labels: str | os.PathLike[str] | None,
     limit: int | None,
     device: str,

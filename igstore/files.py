@@ -11,14 +11,15 @@ from typing import Any
 PARTIAL = ".partial"  # ends the name of a file that is being written; zarr-python uses the same
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name, flush it to the disk, then rename; the folder is made if missing."""
+def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write `pieces` under a temporary name, flush them to the disk, then rename; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # the process id keeps two builders' temporary files apart
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

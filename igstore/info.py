@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
     SettingsMismatchError
         It is not a store of this format version.
     """
-    store = StoreReader(path)
+    store = StoreReader(Path(path))
     records = [store.records[shard] for shard in sorted(store.records)]
     rankings = {name: store.ranking(name).records for name in store.rankings}
     built = store.status == BUILT

@@ -257,9 +257,8 @@ def gaussian_blur(pixels: Pixels) -> Pixels:
     """Images (..., y, x) under a Gaussian of sigma 10 px, cut at 40 px, the edges continued outwards.
 
     The same as ``scipy.ndimage.gaussian_filter(float, sigma=10, truncate=4, mode="nearest")`` rounded to nearest
-    (halves up), but in integer arithmetic: the weights are rounded to multiples of 2**-22 with the sum 1, so both
-    products below are exact in float64 (255 * 2**44 < 2**53) and the result is the same in whatever order a
-    processor adds.
+    (halves up), but in integer arithmetic: the weights are rounded to multiples of 2**-22, so both products below are
+    exact in float64 (255 * 2**44 < 2**53) and the result is the same in whatever order a processor adds.
     """
     down, across = (_blur_weights(side) for side in pixels.shape[-2:])
     sums = down @ pixels.astype(np.float64) @ across.T  # (..., y, x), in units of 2**-44
@@ -268,11 +267,10 @@ def gaussian_blur(pixels: Pixels) -> Pixels:
 
 @lru_cache(maxsize=4)  # the sides of two image sizes
 def _blur_weights(side: int) -> NDArray[np.float64]:
-    """The blur along one axis as a matrix (out, in) of whole numbers, each row summing to 2**22."""
+    """The blur along one axis as a matrix (out, in), in units of 2**-22."""
     offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     bell = np.exp(-0.5 * (offsets / BLUR_SIGMA) ** 2)
     weights = np.rint(bell / bell.sum() * 2**22)
-    weights[BLUR_RADIUS] += 2**22 - weights.sum()
     centres = np.arange(side)[:, np.newaxis]
     matrix = np.zeros((side, side))
     np.add.at(matrix, (centres, np.clip(centres + offsets, 0, side - 1)), weights)

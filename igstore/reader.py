@@ -160,13 +160,14 @@ class _Sharded:
     @cached_property
     def records(self) -> dict[int, dict[str, Any]]:
         """The record of every finished shard, by its number."""
-        return {
-            shard: record
-            for shard in range(self.n_shards)
-            if (record := read_record(self.root, shard, self._ranking)) is not None
-            # a short last shard is finished only as long as it is the last
-            and record["images"] == list(layout.shard_bounds(shard, self.n_images, self.shard_size))
-        }
+        return {shard: record for shard in range(self.n_shards) if (record := self.record(shard)) is not None}
+
+    def record(self, shard: int) -> dict[str, Any] | None:
+        """The record of one shard as it is now, or None if the shard is not finished."""
+        record = read_record(self.root, shard, self._ranking)
+        # a short last shard is finished only as long as it is the last
+        is_whole = record and record["images"] == list(layout.shard_bounds(shard, self.n_images, self.shard_size))
+        return record if is_whole else None
 
     def _is_done(self, shard: int) -> bool:
         return shard in self.records

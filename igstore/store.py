@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -84,7 +85,7 @@ def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int
         All images, old and new.
     """
     store = StoreReader(path)
-    root = zarr.open_group(path, mode="r+")
+    root = _open(path)
     # the record of a shard that is short now and will not be must go first
     if store.n_images % store.shard_size:
         (path / layout.record_file(store.n_shards - 1)).unlink(missing_ok=True)
@@ -139,8 +140,7 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
     """
     store = StoreReader(path)
     n_y, n_x = block_grid(*store.spec.preprocessing.crop, block)
-    root = zarr.open_group(path, mode="r+")
-    group = root.require_group(f"ranks/{name}")
+    group = _open(path).require_group(f"ranks/{name}")
     for array_name, variable in layout.rank_variables(n_y * n_x).items():
         if array_name not in group:
             sizes = {BLOCK_Y: n_y, BLOCK_X: n_x}
@@ -153,9 +153,10 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
 
 
 def write_rank_shard(
-    path: Path, name: str, bounds: tuple[int, int], shard: int, arrays: Arrays, record: dict[str, Any]
+    path: Path, name: str, spec: BuildSpec, n_images: int, shard: int, arrays: Arrays, record: dict[str, Any]
 ) -> None:
-    """Write one whole shard of a ranking (``rank`` and ``share``), then its record; as `write_shard`."""
+    """Write one whole shard of the ranking `name` (``rank`` and ``share``), then its record; as `write_shard`."""
+    bounds = layout.shard_bounds(shard, n_images, spec.shard_size)
     variables = layout.rank_variables(int(np.prod(arrays["rank"].shape[1:])))
     _write_pieces(
         path, f"ranks/{name}/", variables, shard, bounds, arrays, path / layout.record_file(shard, name), record
@@ -164,7 +165,7 @@ def write_rank_shard(
 
 def finish_store(path: Path, attributes: Mapping[str, Any]) -> None:
     """Add attributes that are known at the end, and consolidate the metadata; doing it twice is harmless."""
-    zarr.open_group(path, mode="r+").attrs.update(dict(attributes))
+    _open(path).attrs.update(dict(attributes))
     consolidate(path)
 
 
@@ -174,6 +175,11 @@ def consolidate(path: Path) -> None:
         # consolidation is not yet in the v3 standard, and `records` is not a node of the hierarchy: both are meant
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.consolidate_metadata(path, zarr_format=3)
+
+
+def _open(path: Path) -> zarr.Group:
+    # consolidated metadata is a copy for readers; what it says of an array that has grown is old
+    return zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
 
 
 def _create_array(
@@ -222,7 +228,7 @@ def _write_pieces(
     if set(arrays) != set(written):
         raise UserError(f"a shard needs the arrays {sorted(written)}; it was given {sorted(arrays)}")
     _check_there(path)
-    group = zarr.open_group(path / prefix, mode="r+")
+    group = _open(path / prefix)
     targets = {name: _array(group, name) for name in written}
     first, last = bounds
     for name, target in targets.items():
@@ -234,14 +240,33 @@ def _write_pieces(
             )
     record_path.unlink(missing_ok=True)  # from here to the end, the shard does not exist
     for name, target in targets.items():
-        target[first:last] = arrays[name]
+        if target.shards:
+            file = path / layout.shard_file(prefix + name, shard, target.ndim)
+            files.write_atomically(file, *_raw_shard(arrays[name], target.shards[0]))
+        else:
+            target[first:last] = arrays[name]
     sums = {}
     for name, variable in variables.items():
-        file = layout.shard_file(prefix + name, shard, len(variable.dims))
-        files.flush(path / file)
-        sums[file] = files.checksum(path / file)
+        file_name = layout.shard_file(prefix + name, shard, len(variable.dims))
+        files.flush(path / file_name)
+        sums[file_name] = files.checksum(path / file_name)
     _check_there(path)
     files.write_json(record_path, {"shard": shard, "images": [first, last], **record, "files": sums})
+
+
+def _raw_shard(values: NDArray[Any], shard_size: int) -> tuple[memoryview, bytes]:
+    """What Zarr's sharding codec makes of uncompressed images (image, ...), in a tenth of its time.
+
+    The images' bytes one after the other, then the index: an offset and a length for each, all ones for those that a
+    short shard lacks, and the index's CRC-32C.
+    """
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    image_bytes = values[0].nbytes
+    entries = np.full((shard_size, 2), np.iinfo(np.uint64).max, "<u8")
+    entries[: len(values), 0] = np.arange(len(values)) * image_bytes
+    entries[: len(values), 1] = image_bytes
+    index = entries.tobytes()
+    return values.data, index + google_crc32c.value(index).to_bytes(4, "little")
 
 
 def _check_there(path: Path) -> None:

@@ -180,6 +180,10 @@ def test_last_blocks_are_as_wide_as_the_image_leaves_them(side, last):
     assert areas.sum() == side * side
 
 
+def test_a_block_may_exceed_the_image_by_far():
+    assert block_sums(np.ones((1, 5, 7), np.float16), 10**12).tolist() == [[[35]]]
+
+
 def test_sums_do_not_depend_on_the_order_of_the_pixels():
     # in float32, or in float16, the small values would vanish beside the large ones
     values = np.array([65504, 2**-24, -65504, 2**-24, 2048, 2**-14, -2048, 0.1, -0.0], np.float16)

@@ -154,7 +154,7 @@ def test_mass_at_100_keeps_a_block_whose_share_would_round_to_one():
 @pytest.mark.parametrize("p", [30, 33.3, 1 / 3, 99.99])
 def test_mass_threshold_is_the_float32_of_p(p):
     assert type(mass_threshold(p)) is float
-    assert mass_threshold(p) == np.float32(p / 100)
+    assert mass_threshold(p) == float(np.float32(p / 100))  # as float64, so that the rounding shows
 
 
 @given(SCORES, st.decimals(0, 100, places=3))
@@ -413,9 +413,10 @@ def test_black_is_zero():
     [
         ((0.485, 0.456, 0.406), [124, 116, 104]),
         ((0.5, 0.5, 0.5), [128, 128, 128]),  # 127.5: halves up
-        ((0.0, 1.0, 0.1), [0, 255, 26]),  # 25.5
+        ((0.0, 1.0, 0.3), [0, 255, 77]),  # 76.5
+        ((-0.1, 1.2, 0.1), [0, 255, 26]),  # not colours; 25.5
     ],
-    ids=["imagenet", "lite", "halves and ends"],
+    ids=["imagenet", "lite", "ends", "beyond"],
 )
 def test_mean_is_the_models_mean_colour(mean, colour):
     filled = FILLS["mean"](photographs(2), FillContext(mean=mean, image_ids=["a", "b"]))

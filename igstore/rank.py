@@ -1,0 +1,244 @@
+"""Rank the blocks of every map of a store: scores, ranks and shares, shard by shard, with dask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+from dask.callbacks import Callback
+
+from igstore import cli, files, layout
+from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, block_ranks, block_shares, block_sums, check_block
+from igstore.errors import DamagedStoreError, UserError
+from igstore.progress import Progress
+from igstore.reader import ImageArray, StoreReader
+from igstore.schema import BuildSpec, Score
+from igstore.store import create_ranking, write_rank_shard
+
+_BATCH = 32  # images in memory at a time, besides the ranks and shares of the shard
+
+
+@dataclass(frozen=True)
+class RankingSummary:
+    """What a call of `rank_store` did.
+
+    Parameters
+    ----------
+    name
+        The ranking, such as ``positive-3``: it is the group ``ranks/<name>`` of the store.
+    ranked, unchanged
+        Images that were ranked now, and images whose ranks were there already.
+    missing_shards
+        Shards that are not built, and so have no ranks.
+    """
+
+    name: str
+    ranked: int
+    unchanged: int
+    missing_shards: tuple[int, ...]
+
+
+def rank_store(
+    store: str | os.PathLike[str],
+    *,
+    score: Score = "positive",
+    block: int = DEFAULT_BLOCK,
+    scheduler: str | None = None,
+    show_progress: bool = False,
+) -> RankingSummary:
+    """Rank the blocks of every image of a store's finished shards, into the group ``ranks/<score>-<block>``.
+
+    Each shard is one dask task, and is kept as soon as it is finished, so the same call again goes on where it stopped.
+    Shards that are not built are left out; after they are, the same call ranks them. Shards that were built again since
+    they were ranked are ranked again. Failed images, whose maps are all zero, have their blocks in order and shares of 1.
+
+    The maps' `scale` is positive, so it changes neither ranks nor shares and is not read.
+
+    Parameters
+    ----------
+    store
+        Folder of the store.
+    score
+        What of a pixel's attribution counts: a name in `igstore.blocks.SCORES`.
+    block
+        Side of a block in pixels.
+    scheduler
+        Address of a dask.distributed scheduler whose workers all see the store at the same path. None leaves the choice
+        to dask: what its configuration says, else the active client, else threads of this process.
+    show_progress
+        A progress bar on stderr.
+
+    Raises
+    ------
+    UserError
+        There is no store, none of its shards is finished, the score or block is not allowed, or no scheduler answers.
+    DamagedStoreError
+        A shard's file contradicts the layout, or a map is not finite.
+    """
+    block = check_block(block)
+    name = layout.ranking_name(score, block)
+    reader = StoreReader(Path(store))
+    if not reader.records:
+        raise UserError(f"no shard of {reader.root} is finished: there is nothing to rank; go on with `igstore build`")
+    sizes = {shard: record["images"][1] - record["images"][0] for shard, record in reader.records.items()}
+    shards = _unranked(reader, name)
+    ranked = sum(sizes[shard] for shard in shards)
+    unchanged = sum(sizes.values()) - ranked
+    with (
+        _client(scheduler) as client,
+        Progress(ranked + unchanged, done=unchanged, label=name, show=show_progress) as progress,
+    ):
+        if shards or not _is_as_long(reader, name):
+            create_ranking(reader.root, name, block=block, attributes=_attributes(reader.spec, score, block))
+        # workers may have another working folder
+        root = str(reader.root.absolute())
+        tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
+        _compute(tasks, client, progress.advance)
+    for leftover in (reader.root / "ranks" / name).rglob(f"*{files.PARTIAL}"):
+        leftover.unlink(missing_ok=True)
+    return RankingSummary(name, ranked, unchanged, tuple(reader.missing_shards))
+
+
+def _unranked(store: StoreReader, name: str) -> list[int]:
+    """Finished shards whose maps, as they are now, have no ranks."""
+    done = store.ranking(name).records if name in store.rankings else {}
+    return [
+        shard
+        for shard, record in store.records.items()
+        if shard not in done or done[shard]["attribution_sha256"] != _attribution_sha256(store.spec, shard, record)
+    ]
+
+
+def _attribution_sha256(spec: BuildSpec, shard: int, record: dict[str, Any]) -> str:
+    n_dims = len(layout.variables(spec)["attribution"].dims)
+    return str(record["files"][layout.shard_file("attribution", shard, n_dims)]["sha256"])
+
+
+def _is_as_long(store: StoreReader, name: str) -> bool:
+    """Whether the ranking's arrays are as long as the store, which may have been extended since."""
+    return all(len(store.ranking(name).array(array)) == store.n_images for array in ("rank", "share"))
+
+
+def _attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any]:
+    """What a reader of the ranking alone has to know, to recompute it and to lay its blocks over the pixels."""
+    from igstore import __version__
+
+    return {
+        "format_version": spec.format_version,
+        "igstore_version": __version__,
+        "score": score,
+        "block": block,
+        "crop": list(spec.preprocessing.crop),
+    }
+
+
+def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> int:
+    """Rank one shard, from its maps to its record; returns how many images. Doing it twice is harmless."""
+    store = StoreReader(root)
+    # Read before the maps: should they be replaced meanwhile, the ranks are known to be of the old ones.
+    record = store.record(shard)
+    if record is None:
+        raise DamagedStoreError(f"shard {shard} of {root} is being written; rank again when the build is done")
+    attribution = ImageArray(store.root, "attribution", is_done=lambda _: True)
+    first, last = record["images"]
+    grid = block_grid(*store.spec.preprocessing.crop, block)
+    arrays: dict[str, Any] = {
+        array: np.empty((last - first, *grid), variable.dtype)
+        for array, variable in layout.rank_variables(grid[0] * grid[1]).items()
+    }
+    for start in range(first, last, _BATCH):
+        stop = min(start + _BATCH, last)
+        sums = block_sums(attribution.read(slice(start, stop)), block, score)  # (image, block_y, block_x)
+        try:
+            ranks = block_ranks(sums)
+        except UserError as error:
+            raise DamagedStoreError(
+                f"in shard {shard} of {root}, images {start} to {stop - 1}: {error}; "
+                f"delete {layout.record_file(shard)} there first"
+            ) from error
+        arrays["rank"][start - first : stop - first] = ranks
+        arrays["share"][start - first : stop - first] = block_shares(sums, ranks)
+    provenance = {"attribution_sha256": _attribution_sha256(store.spec, shard, record)}
+    write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
+    return int(last - first)
+
+
+@contextmanager
+def _client(scheduler: str | None) -> Iterator[Any]:
+    """The dask.distributed client to compute with; None where there is none."""
+    if scheduler is None:
+        yield _active_client()
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UserError(
+            f"scheduler is {scheduler}, which needs dask.distributed; install it with `pip install 'igstore[cluster]'`"
+        ) from None
+    try:
+        client = Client(scheduler, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no dask scheduler answers at {scheduler}: {error}") from error
+    with client:
+        yield client
+
+
+def _active_client() -> Any:
+    if dask.config.get("scheduler", None):
+        return None  # dask, too, goes by its configuration first
+    try:
+        from distributed import get_client
+
+        return get_client()
+    except (ImportError, ValueError):
+        return None
+
+
+def _compute(tasks: Sequence[Any], client: Any, advance: Callable[[int], None]) -> None:
+    """Compute the tasks, calling `advance` with each one's result when it is finished."""
+    if client is None:
+        with Callback(posttask=lambda _key, images, *_: advance(images)):
+            dask.compute(*tasks)
+        return
+    from distributed import as_completed
+
+    for _, images in as_completed(client.compute(tasks), with_results=True):
+        advance(images)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`igstore rank`: rank a store's blocks and say what was done."""
+    parser = cli.Parser(
+        "rank", "Rank the blocks of every attribution map of a store. The same command again ranks what is new."
+    )
+    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
+    parser.add_argument("--block", metavar="PIXELS", type=cli.positive, default=DEFAULT_BLOCK, help="side of a block")
+    parser.add_argument(
+        "--score", choices=list(SCORES), default="positive", help="what counts of a pixel's attribution"
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a dask.distributed scheduler such as tcp://host:8786 to compute on, instead of threads of this machine",
+    )
+    options = parser.parse_args(argv)
+    summary = rank_store(
+        options.store, score=options.score, block=options.block, scheduler=options.scheduler, show_progress=True
+    )
+    cli.say(f"ranks/{summary.name}: {summary.ranked} images ranked, {summary.unchanged} unchanged")
+    if summary.missing_shards:
+        cli.say(
+            f"{len(summary.missing_shards)} shards are not built and so have no ranks: go on with `igstore build`, "
+            "then rank again"
+        )
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from networks import Smooth
+from torch import nn
+
+from igstore.acceleration import accelerate
+from igstore.errors import ModelError
+from igstore.memory import gradient_bytes
+
+
+def norms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """Batch norms as training leaves them: fresh ones are nearly the identity, and folding them would prove nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.2, 0.2),
+            ):
+                with torch.no_grad():
+                    values.copy_(torch.rand(values.shape, generator=generator) * (high - low) + low)
+    return network.eval()
+
+
+def output_and_gradient(network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    output = network(leaf.clone())
+    return output.detach(), torch.autograd.grad(output[:, 3].sum(), leaf)[0]
+
+
+# DenseNet's norms before activations follow a concatenation, which no convolution made: 62 of its 121 stay.
+CASES = {
+    "resnet18": (lambda: torchvision.models.resnet18(weights=None), 0),
+    "densenet121": (lambda: torchvision.models.densenet121(weights=None), 62),
+    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(weights=None), 0),
+    "timm's efficientnet_lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_stay_and_the_network_is_left_alone(case):
+    make, left = CASES[case]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = with_statistics(make()).double()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    # in float64, where rounding does not move an activation across a ReLU's kink
+    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fast = accelerate(network, x[:1])
+    assert norms(fast) == left
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    output, gradient = output_and_gradient(network, x)
+    fast_output, fast_gradient = output_and_gradient(fast, x)
+    assert (fast_output - output).norm() / output.norm() < 1e-10
+    assert (fast_gradient - gradient).norm() / gradient.norm() < 1e-10
+    assert norms(network) > 0
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class Shared(nn.Module):
+    """Ways in which folding a norm into the convolution before it would be wrong."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=way != "batch statistics")
+        self.other = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.way == "in place between":
+            torch.relu_(y)
+        z = self.norm(y)
+        if self.way == "read twice":
+            z = z + y
+        if self.way == "two norms":
+            z = z + self.other(y)
+        if self.way == "called twice":
+            z = z + self.conv(x.flip(3))
+        return z.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "way", ["plain", "in place between", "read twice", "two norms", "called twice", "batch statistics"]
+)
+def test_a_norm_is_folded_only_where_that_is_right(way, caplog):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = with_statistics(Shared(way)) if way != "batch statistics" else Shared(way).eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    fast = accelerate(network, x[:1])
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-5, atol=1e-6)
+    assert isinstance(fast.norm, nn.Identity) == (way == "plain")
+    if way in ("read twice", "two norms"):
+        assert "left unfolded" in caplog.text
+
+
+def test_a_network_for_another_size_is_refused_with_the_size():
+    with pytest.raises(ModelError, match="3 x 8 x 8"):
+        accelerate(nn.Sequential(nn.Flatten(), nn.Linear(3 * 7 * 7, 2)), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_network_of_two_outputs_is_refused():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(ModelError, match="tuple"):
+        accelerate(Two(), torch.zeros(1, 3, 8, 8))
+
+
+def test_gradient_bytes_count_what_autograd_keeps():
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Tanh(), nn.Flatten(), nn.Linear(16 * 100, 2)).requires_grad_(False)
+    # the convolution keeps its input, tanh its output; a frozen linear layer keeps only its weights, which all share
+    kept = 3 * 100 * 4 + 16 * 100 * 4
+    probe = 3 * 100 * 4
+    assert gradient_bytes(network, torch.zeros(1, 3, 10, 10)) == 2 * (kept + probe)
+
+
+def test_gradient_bytes_grow_with_the_network():
+    small, large = gradient_bytes(Smooth(), torch.zeros(1, 3, 16, 16)), gradient_bytes(Smooth(), torch.zeros(1, 3, 64, 64))
+    assert large > 10 * small

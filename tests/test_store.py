@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import xarray as xr
+import zarr
+
+from igstore import layout
+from igstore.errors import (
+    DamagedStoreError,
+    SettingsMismatchError,
+    StoreExistsError,
+    StoreNotFoundError,
+    UserError,
+)
+from igstore.reader import StoreReader
+from igstore.schema import BUILT, BuildSpec, Preprocessing
+from igstore.store import create_store, extend_store, finish_store, write_shard
+
+SPEC = BuildSpec(
+    model="model",
+    weights="own",
+    weights_sha256="0" * 64,
+    preprocessing=Preprocessing(resize=None, crop=(11, 14)),
+    images_fingerprint="f",
+    shard_size=4,
+)
+RECORD = {"failed": {}, "in_top5": 0}
+
+
+def shard_arrays(spec: BuildSpec, first: int, last: int) -> dict[str, np.ndarray]:
+    """Random contents of a shard, with a black image whose chunk is all zero."""
+    random = np.random.default_rng(first)
+    arrays = layout.unbuilt(spec, last - first)
+    arrays["attribution"][:] = random.standard_normal(arrays["attribution"].shape)
+    if "pixels" in arrays:
+        arrays["pixels"][:] = random.integers(0, 256, arrays["pixels"].shape)
+    for name in ("attribution", "pixels"):
+        if name in arrays:
+            arrays[name][0] = 0
+    arrays["scale"][:] = 2.0 ** random.integers(-20, 20, last - first)
+    arrays["prediction"][:] = random.integers(0, 10, last - first)
+    arrays["status"][:] = BUILT
+    return arrays
+
+
+def make(path: Path, spec: BuildSpec = SPEC, n: int = 10, shards: list[int] | None = None) -> dict[str, np.ndarray]:
+    """A store of `n` images, the given shards of it written; returns what all shards would hold."""
+    labels = np.arange(n, dtype=np.int16) % 5 - 1
+    create_store(path, spec, image_ids=[f"image_{i:04d}" for i in range(n)], labels=labels, attributes={"complete": False})
+    parts = []
+    for shard in range(layout.shard_count(n, spec.shard_size)):
+        first, last = layout.shard_bounds(shard, n, spec.shard_size)
+        parts.append(shard_arrays(spec, first, last))
+        if shards is None or shard in shards:
+            write_shard(path, spec, n, shard, parts[-1], RECORD)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.zarr"
+
+
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, pixels=False), replace(SPEC, reduce="none")], ids=["sum", "no pixels", "none"])
+@pytest.mark.parametrize("n", [1, 4, 10], ids=lambda n: f"{n} images")
+def test_every_reader_sees_what_was_written(path, spec, n):
+    expected = make(path, spec, n)
+    finish_store(path, {"complete": True})
+    dataset = xr.open_zarr(path)
+    group = zarr.open_group(path, mode="r")
+    store = StoreReader(path)
+    for name, variable in layout.variables(spec).items():
+        assert dataset[name].dims == variable.dims
+        if name in layout.LISTED:
+            continue
+        assert dataset[name].dtype == variable.dtype
+        np.testing.assert_array_equal(dataset[name], expected[name])
+        np.testing.assert_array_equal(group[name][:], expected[name])
+        np.testing.assert_array_equal(store.array(name).read(range(n)), expected[name])
+        remote = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path / name}"}).result()
+        np.testing.assert_array_equal(remote.read().result(), expected[name])
+    assert dataset["image_id"].values.tolist() == list(store.image_ids) == [f"image_{i:04d}" for i in range(n)]
+    assert dataset.attrs["model"] == "model"
+    assert dataset.attrs["crop"] == [11, 14]
+
+
+def test_layout_is_shards_of_many_images_with_an_uncompressed_chunk_each(path):
+    make(path)
+    for name in ("attribution", "pixels"):
+        array = zarr.open_array(path / name)
+        assert array.shards[0] == 4
+        assert array.chunks == (1, *array.shape[1:])
+        assert array.compressors == ()
+    # four maps of 11x14 float16, an index of 16 bytes a chunk, a checksum
+    assert (path / "attribution/c/0/0/0").stat().st_size == 4 * 11 * 14 * 2 + 4 * 16 + 4
+    assert zarr.open_array(path / "scale").chunks == (4,)
+
+
+@pytest.mark.parametrize("images", [[3], [0, 1, 2, 3], [9, 0, 5, 5, 4], [], range(2, 9)], ids=str)
+def test_images_are_read_in_the_order_asked_for(path, images):
+    expected = make(path)["attribution"]
+    array = StoreReader(path).array("attribution")
+    np.testing.assert_array_equal(array.read(images), expected[list(images)])
+
+
+def test_raw_shards_are_mapped_and_others_are_not(path, tmp_path):
+    expected = make(path)["attribution"]
+    array = StoreReader(path).array("attribution")
+    assert isinstance(array._map(0), np.memmap)
+    assert isinstance(array._map(2), np.memmap)  # the short one
+    np.testing.assert_array_equal(array._map(2), expected[8:])
+    # the same data, compressed, is not a run of bytes, and reads the same
+    compressed = zarr.create_array(
+        tmp_path / "compressed", shape=expected.shape, shards=(4, 11, 14), chunks=(1, 11, 14), dtype="float16"
+    )
+    compressed[:] = expected
+    (path / "attribution").rename(tmp_path / "aside")
+    (tmp_path / "compressed").rename(path / "attribution")
+    array = StoreReader(path).array("attribution")
+    assert array._map(0) is None
+    np.testing.assert_array_equal(array.read([9, 0, 5, 6, 7]), expected[[9, 0, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_images_beyond_the_store_are_refused(path, index):
+    make(path)
+    with pytest.raises(IndexError, match="10"):
+        StoreReader(path).array("attribution").read([index])
+
+
+def test_a_shard_without_its_record_does_not_exist(path):
+    make(path, shards=[0, 2])
+    store = StoreReader(path)
+    assert store.missing_shards == [1]
+    assert store.not_built.tolist() == [4, 5, 6, 7]
+    with pytest.raises(DamagedStoreError, match="shard 1 of attribution"):
+        store.array("attribution").read([5])
+    # the files of a shard may be there, whole: without the record they are not read
+    make(path.with_name("whole.zarr"))
+    record = path.with_name("whole.zarr") / layout.record_file(1)
+    record.unlink()
+    store = StoreReader(path.with_name("whole.zarr"))
+    assert store.status.tolist() == [1] * 4 + [0] * 4 + [1] * 2
+    assert (store.scalars("prediction")[4:8] == -1).all()
+    with pytest.raises(DamagedStoreError, match="not finished"):
+        store.array("pixels").read([4])
+
+
+def test_records_hold_the_checksums_of_the_files(path):
+    make(path)
+    record = json.loads((path / "records/00002.json").read_text())
+    assert record["images"] == [8, 10]
+    assert set(record["files"]) == {
+        layout.shard_file(name, 2, len(variable.dims)) for name, variable in layout.variables(SPEC).items()
+    }
+    for file, entry in record["files"].items():
+        content = (path / file).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda arrays: {name: values[:-1] for name, values in arrays.items()},
+        lambda arrays: arrays | {"attribution": arrays["attribution"].astype(np.float32)},
+        lambda arrays: {name: values for name, values in arrays.items() if name != "scale"},
+        lambda arrays: arrays | {"other": arrays["scale"]},
+    ],
+    ids=["too short", "another dtype", "one missing", "one too many"],
+)
+def test_anything_but_a_whole_shard_is_refused_and_nothing_is_written(path, spoil):
+    make(path, shards=[])
+    before = sorted(path.rglob("*"))
+    with pytest.raises(UserError):
+        write_shard(path, SPEC, 10, 1, spoil(shard_arrays(SPEC, 4, 8)), RECORD)
+    assert sorted(path.rglob("*")) == before
+
+
+def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
+    monkeypatch.setattr("igstore.store.consolidate", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match="disk full"):
+        make(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_is_in_the_way_is_left_alone(path):
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreExistsError, match="another --store"):
+        make(path)
+    assert (path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_deleted_store_is_not_resurrected(path):
+    make(path, shards=[0])
+    path.rename(path.with_name("moved.zarr"))
+    with pytest.raises(StoreNotFoundError, match="gone"):
+        write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("n", "more"), [(8, 10), (10, 11), (10, 30)], ids=lambda n: str(n))
+def test_a_store_grows_and_keeps_its_whole_shards(path, n, more):
+    expected = make(path, n=n)
+    ids, labels = [f"image_{i:04d}" for i in range(more)], np.arange(more, dtype=np.int16) % 5 - 1
+    extend_store(path, image_ids=ids, labels=labels)
+    store = StoreReader(path)
+    whole = n - n % 4
+    assert store.n_images == more
+    assert list(store.image_ids) == ids
+    np.testing.assert_array_equal(store.scalars("label"), labels)
+    assert store.not_built.tolist() == list(range(whole, more))
+    np.testing.assert_array_equal(store.array("pixels").read(range(whole)), expected["pixels"][:whole])
+    for shard in store.missing_shards:
+        first, last = layout.shard_bounds(shard, more, 4)
+        write_shard(path, SPEC, more, shard, shard_arrays(SPEC, first, last), RECORD)
+    assert StoreReader(path).is_complete
+    np.testing.assert_array_equal(xr.open_zarr(path)["status"], np.ones(more))
+
+
+def _read_in_child(store: StoreReader, queue) -> None:
+    queue.put(store.array("attribution").read([9, 1]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_that_was_read_is_read_in_another_process(path, method):
+    expected = make(path)["attribution"][[9, 1]]
+    store = StoreReader(path)
+    store.array("attribution").read([0])
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    child = context.Process(target=_read_in_child, args=(store, queue))
+    child.start()
+    np.testing.assert_array_equal(queue.get(), expected)
+    child.join()
+
+
+def test_a_pickled_store_is_small(path):
+    make(path)
+    store = StoreReader(path)
+    store.array("pixels").read(range(10))
+    assert len(pickle.dumps(store)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (lambda path: None, StoreNotFoundError, "igstore build"),
+        (lambda path: path.write_text("text"), StoreNotFoundError, "no store"),
+        (lambda path: zarr.create_group(path), SettingsMismatchError, "not a store made by igstore"),
+        (lambda path: zarr.create_group(path, attributes={"format_version": 99}), SettingsMismatchError, "99"),
+        (lambda path: zarr.create_group(path, attributes={"format_version": 1}), SettingsMismatchError, "lack model"),
+    ],
+    ids=["nothing", "a file", "a foreign group", "a later version", "no settings"],
+)
+def test_what_is_not_a_store_is_refused_with_the_reason(path, spoil, error, says):
+    spoil(path)
+    with pytest.raises(error, match=says):
+        StoreReader(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 3, "images": [0, 4]}'])
+def test_a_broken_record_is_named(path, content):
+    make(path)
+    (path / "records/00001.json").write_text(content)
+    with pytest.raises(DamagedStoreError, match=r"records/00001\.json"):
+        _ = StoreReader(path).records
+
+
+def test_a_missing_file_of_a_finished_shard_is_named(path):
+    make(path)
+    (path / "attribution/c/1/0/0").unlink()
+    with pytest.raises(DamagedStoreError, match="attribution/c/1/0/0"):
+        StoreReader(path).array("attribution").read([4])

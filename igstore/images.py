@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from igstore.errors import IgstoreError, ImageError, UserError
-from igstore.layouts import LAYOUT_HELP, Split, find_labels, locate, synsets
+from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
 from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice
 
 __all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "prepare", "synsets"]

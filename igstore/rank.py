@@ -55,10 +55,9 @@ def rank_store(
     """Rank the blocks of every image of a store's finished shards, into the group ``ranks/<score>-<block>``.
 
     Each shard is one dask task, and is kept as soon as it is finished, so the same call again goes on where it stopped.
-    Shards that are not built are left out; after they are, the same call ranks them. Shards that were built again since
-    they were ranked are ranked again. Failed images, whose maps are all zero, have their blocks in order and shares of 1.
-
-    The maps' `scale` is positive, so it changes neither ranks nor shares and is not read.
+    Shards that are not built are left out; once they are, the same call ranks them. Shards that were built again since
+    they were ranked are ranked again. A failed image, whose map is all zero, has its blocks in order and shares of 1.
+    A map's `scale` is positive, so it changes neither ranks nor shares and is not read.
 
     Parameters
     ----------
@@ -145,28 +144,27 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     record = store.record(shard)
     if record is None:
         raise DamagedStoreError(f"shard {shard} of {root} is being written; rank again when the build is done")
-    attribution = ImageArray(store.root, "attribution", is_done=lambda _: True)
-    first, last = record["images"]
+    maps = ImageArray(store.root, "attribution", is_done=lambda _: True).shard(shard)  # (image, y, x)
+    first = record["images"][0]
     grid = block_grid(*store.spec.preprocessing.crop, block)
     arrays: dict[str, Any] = {
-        array: np.empty((last - first, *grid), variable.dtype)
+        array: np.empty((len(maps), *grid), variable.dtype)
         for array, variable in layout.rank_variables(grid[0] * grid[1]).items()
     }
-    for start in range(first, last, _BATCH):
-        stop = min(start + _BATCH, last)
-        sums = block_sums(attribution.read(slice(start, stop)), block, score)  # (image, block_y, block_x)
+    for start in range(0, len(maps), _BATCH):
+        batch = slice(start, start + _BATCH)
+        sums = block_sums(maps[batch], block, score)  # (image, block_y, block_x)
         try:
             ranks = block_ranks(sums)
         except UserError as error:
             raise DamagedStoreError(
-                f"in shard {shard} of {root}, images {start} to {stop - 1}: {error}; "
-                f"delete {layout.record_file(shard)} there first"
+                f"in {root}, from image {first + start}: {error} (delete {layout.record_file(shard)} first)"
             ) from error
-        arrays["rank"][start - first : stop - first] = ranks
-        arrays["share"][start - first : stop - first] = block_shares(sums, ranks)
+        arrays["rank"][batch] = ranks
+        arrays["share"][batch] = block_shares(sums, ranks)
     provenance = {"attribution_sha256": _attribution_sha256(store.spec, shard, record)}
     write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
-    return int(last - first)
+    return len(maps)
 
 
 @contextmanager

@@ -92,12 +92,19 @@ class ImageArray:
             result[places] = self._read_shard(shard, wanted[places] - shard * self.shard_size)
         return result
 
+    def shard(self, shard: int) -> NDArray[Any]:
+        """All images of a shard, (image, ...), not to be written to: where it is one run of bytes, a memory map.
+
+        Raises
+        ------
+        DamagedStoreError
+            As `read`.
+        """
+        first, last = layout.shard_bounds(shard, len(self), self.shard_size)
+        mapped = self._map(shard)
+        return self._read_shard(shard, np.arange(last - first)) if mapped is None else mapped
+
     def _read_shard(self, shard: int, within: NDArray[np.int64]) -> NDArray[Any]:
-        if not self._is_done(shard):
-            raise DamagedStoreError(
-                f"shard {shard} of {self.name} in {self.root} is not finished; "
-                f"`igstore info {self.root}` says what is missing"
-            )
         mapped = self._map(shard)
         if mapped is not None:
             return mapped[within]
@@ -113,6 +120,11 @@ class ImageArray:
 
     def _map(self, shard: int) -> NDArray[Any] | None:
         """The shard as a memory map (image, ...), or None where it is not one run of bytes."""
+        if not self._is_done(shard):
+            raise DamagedStoreError(
+                f"shard {shard} of {self.name} in {self.root} is not finished; "
+                f"`igstore info {self.root}` says what is missing"
+            )
         if shard not in self._maps:
             self._maps[shard] = self._checked_map(shard) if self._is_raw else None
         return self._maps[shard]

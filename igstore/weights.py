@@ -1,4 +1,4 @@
-"""Files of weights: downloading them, reading them without running code, fitting them to a network, and their sha256."""
+"""Files of weights: fetched, read without running code, fitted to a network, and identified by their sha256."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DOWNLOAD_TIMEOUT = 10.0  # seconds of silence, for each address of the server
 
 
 def torch_checkpoint(url: str, what: str) -> Path:
-    """The file at `url` in torch.hub's folder. If it is not there, it is downloaded and checked against its name's hash.
+    """The file at `url` as torch.hub keeps it: downloaded, and checked against the hash in its name, if not there yet.
 
     Parameters
     ----------
@@ -134,4 +134,5 @@ def state_sha256(network: nn.Module) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, without the advice that follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]

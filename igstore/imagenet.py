@@ -1,4 +1,4 @@
-"""Where images lie on disk and what their labels are: ImageNet packed or unpacked, folders, CSVs of labels.
+"""Where images lie on disk and what their labels are: ImageNet packed or unpacked, other folders, CSVs of labels.
 
 Labels are ImageNet's class indices by wnid, or whatever index a CSV gives; never the order of folders.
 """
@@ -33,7 +33,7 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 LAYOUT_HELP = f"""\
 igstore never downloads ImageNet. Lay it out in one of these ways, and give ROOT (--data ROOT, or IMAGENET_DIR=ROOT):
   ROOT/ILSVRC2012_img_val.tar and ROOT/{DEVKIT}.tar.gz    the official files, kept packed
-  ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG ...                one folder for each wnid
+  ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG ...                  one folder for each wnid
 For the training images: ROOT/ILSVRC2012_img_train.tar, or ROOT/train/n01440764/*.JPEG. A flat folder of images, with
 or without a CSV of labels, is read too. data/README.md in igstore's repository says it at length."""
 
@@ -202,7 +202,9 @@ def find_labels(layout: Layout, csv_path: Path | None) -> tuple[list[int], bool]
     if devkit and (layout.place.is_file() or all(map(_VAL_NAME.fullmatch, layout.names))):
         return _labels_from_devkit(layout, devkit), True
     if layout.place.is_file():
-        raise DataNotFoundError(f"no labels for {layout.place}: put {DEVKIT}.tar.gz beside it, or name a labels CSV")
+        raise DataNotFoundError(
+            f"no labels for {layout.place}: put {DEVKIT}.tar.gz beside it, or give a CSV by --labels"
+        )
     return [UNKNOWN_LABEL] * len(layout.names), False
 
 
@@ -212,13 +214,13 @@ def _labels_from_folders(layout: Layout) -> list[int]:
         wnid, slash, _ = name.partition("/")
         if not slash:
             raise UserError(
-                f"{layout.place} holds images ({name}) beside folders of images: keep one of the two, or name a "
-                f"labels CSV"
+                f"{layout.place} holds images ({name}) beside folders of images: keep one of the two, or give "
+                f"a CSV by --labels"
             )
         if wnid not in _class_index():
             raise UserError(
-                f"the folder {wnid!r} in {layout.place} is not one of ImageNet's 1000 wnids (such as n01440764): for "
-                f"other classes name a labels CSV (file,class_index), or call build_store from Python with a dataset"
+                f"the folder {wnid!r} in {layout.place} is not one of ImageNet's 1000 wnids (such as n01440764). "
+                f"For other classes give a CSV (file,class_index) by --labels, or a dataset to build_store in Python"
             )
         labels.append(_class_index()[wnid])
     return labels
@@ -276,7 +278,7 @@ def _find_csv(layout: Layout) -> _LabelTable | None:
         tables = [table for table in beside if not positions.keys().isdisjoint(table.label_of)]
     if len(tables) > 1:
         paths = ", ".join(str(table.path) for table in tables)
-        raise UserError(f"several CSVs may hold the labels of {layout.place}: {paths}; name the one to use")
+        raise UserError(f"several CSVs may hold the labels of {layout.place}: {paths}; give one by --labels")
     return tables[0] if tables else None
 
 
@@ -324,7 +326,7 @@ def _labels_from_devkit(layout: Layout, devkit: Path) -> list[int]:
         if match is None or not 1 <= int(match[1]) <= len(truth):
             raise UserError(
                 f"{devkit} labels ILSVRC2012_val_00000001.JPEG to {len(truth):08d}, and {name!r} in {layout.place} is "
-                f"not one of them: remove it, or name a labels CSV"
+                f"not one of them: remove it, or give a CSV by --labels"
             )
         labels.append(truth[int(match[1]) - 1])
     return labels

@@ -1,0 +1,253 @@
+"""From a store to masked images: the one path behind views, data sets and batches. Needs no torch.
+
+`MaskOptions` says which mask; `MaskedImages` reads ranks, shares and pixels, and makes it. Images are numbered as in
+the store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from igstore import layout, masks
+from igstore.blocks import DEFAULT_BLOCK, block_grid, check_block, expand
+from igstore.errors import StoreNotFoundError, UserError
+from igstore.masks import FILLS, Bools, FillContext, Pixels, Ranks, Shares
+from igstore.pixels import PixelSource, find_pixels, open_pixels
+from igstore.reader import RankingReader, StoreReader
+from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
+
+Images = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """Which mask, and what hides what it hides.
+
+    Parameters
+    ----------
+    p
+        0 to 100: how far the top set goes.
+    keep
+        ``"top"`` shows the top set, ``"bottom"`` its complement.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking that is used.
+    fill
+        What a hidden pixel becomes: a name in `igstore.masks.FILLS`.
+    order
+        ``"attribution"``, or the control ``"random"``.
+    seed
+        Of the random order and of the noise.
+
+    Raises
+    ------
+    UserError
+        A value is not allowed; the message names those that are.
+    """
+
+    p: float = 50.0
+    keep: Keep = "bottom"
+    select: Select = "mass"
+    score: Score = "positive"
+    block: int = DEFAULT_BLOCK
+    fill: Fill = "black"
+    order: Order = "attribution"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", masks.check_p(self.p))
+        object.__setattr__(self, "block", check_block(self.block))
+        masks.check_options(keep=self.keep, select=self.select, fill=self.fill, order=self.order)
+        object.__setattr__(self, "seed", _check_seed(self.seed))
+        layout.ranking_name(self.score, self.block)
+
+    @property
+    def ranking(self) -> str:
+        """The name of the ranking that these options need."""
+        return layout.ranking_name(self.score, self.block)
+
+    def __str__(self) -> str:
+        parts = [
+            f"keep {self.keep}, p={self.p:g} by {self.select}",
+            f"{self.score} score of {self.block}x{self.block} blocks",
+            f"fill {self.fill}",
+        ]
+        if self.order != "attribution":
+            parts.append(f"{self.order} order")
+        if self.order == "random" or self.fill == "noise":
+            parts.append(f"seed {self.seed}")
+        return ", ".join(parts)
+
+
+def _check_seed(seed: object) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise UserError(f"seed is {seed!r}; it must be an integer")
+    return int(seed)
+
+
+class MaskedImages:
+    """The masks and the masked pixels of a store's built images.
+
+    It pickles as paths and opens what it needs when it needs it, in each process anew.
+
+    Parameters
+    ----------
+    store
+        Path of a store, or a reader of it.
+    images
+        Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
+
+    Raises
+    ------
+    UserError
+        There is no such store, or nothing in it is built.
+    """
+
+    def __init__(self, store: str | os.PathLike[str] | StoreReader, images: Any = None) -> None:
+        if isinstance(store, StoreReader):
+            self.reader = store
+        self.path = store.root if isinstance(store, StoreReader) else Path(store).expanduser().absolute()
+        self._images = find_pixels(images)
+        if not len(self.built):
+            raise UserError(f"no image of {self.path} is built yet; run `igstore build` with its settings to go on")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_images": self._images}
+
+    @cached_property
+    def reader(self) -> StoreReader:
+        """The store."""
+        return StoreReader(self.path)
+
+    @cached_property
+    def built(self) -> Images:
+        """int64: the images that are built, in order."""
+        return np.flatnonzero(self.reader.status == BUILT)
+
+    @cached_property
+    def _pixels(self) -> PixelSource:
+        return open_pixels(self.reader, self._images)
+
+    @cached_property
+    def _rankings(self) -> dict[str, RankingReader]:
+        return {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels."""
+        return self.reader.spec.preprocessing.crop
+
+    def select(self, where: ArrayLike | None) -> Images:
+        """int64: the built images where `where`, bool (image,) over all images of the store, is true; None is all.
+
+        Raises
+        ------
+        UserError
+            `where` is of another dtype or length.
+        """
+        if where is None:
+            return self.built
+        chosen = np.asarray(where)
+        if chosen.dtype != np.bool_ or chosen.shape != (self.reader.n_images,):
+            raise UserError(
+                f"where is {chosen.dtype} of shape {chosen.shape}; it must be bool of shape ({self.reader.n_images},): "
+                f"one value for each image of {self.path}, built or not"
+            )
+        return np.flatnonzero(chosen & (self.reader.status == BUILT))
+
+    def check(self, options: MaskOptions) -> None:
+        """Raise `StoreNotFoundError`, naming the command to run, unless every built image has the ranks needed."""
+        unranked = unranked_shards(self.reader, options.ranking)
+        if unranked:
+            raise StoreNotFoundError(
+                f"the ranking {options.ranking} of {self.path} lacks {len(unranked)} of the {len(self.reader.records)} "
+                f"shards that are built, or is older than them; run `igstore rank {self.path} "
+                f"--score {options.score} --block {options.block}`"
+            )
+
+    def check_pixels(self) -> None:
+        """Raise `UserError` unless there are pixels of every built image; see `igstore.pixels.open_pixels`."""
+        _ = self._pixels
+
+    def ids(self, images: Images) -> list[str]:
+        """The ids of these images."""
+        every = self.reader.image_ids
+        return [every[image] for image in images.tolist()]
+
+    def pixels(self, images: Images) -> Pixels:
+        """uint8 (image, channel, y, x): the unmasked pixels."""
+        return self._pixels.read(images)
+
+    def ranks(self, images: Images, options: MaskOptions) -> tuple[Ranks, Shares]:
+        """Rank and share, (image, block_y, block_x) each, in the ranking that `options` ask for."""
+        name = options.ranking
+        if name not in self._rankings:
+            self._rankings[name] = self.reader.ranking(name)
+        ranking = self._rankings[name]
+        return ranking.array("rank").read(images), ranking.array("share").read(images)
+
+    def random_ranks(self, images: Images, options: MaskOptions) -> Ranks | None:
+        """The ranks (image, block_y, block_x) of the random order; None for the order of attribution."""
+        if options.order != "random":
+            return None
+        return masks.random_ranks(self.ids(images), block_grid(*self.size, options.block), options.seed)
+
+    def masks(self, images: Images, options: MaskOptions) -> Bools:
+        """bool (image, y, x), True where visible."""
+        rank, share = self.ranks(images, options)
+        blocks = masks.visible_blocks(
+            rank,
+            share,
+            p=options.p,
+            keep=options.keep,
+            select=options.select,
+            random_rank=self.random_ranks(images, options),
+        )
+        return expand(blocks, *self.size, options.block)
+
+    def fill(self, images: Images, pixels: Pixels, options: MaskOptions) -> Pixels:
+        """What the hidden ones of these images' pixels become: uint8, broadcastable to `pixels`.
+
+        The colour of ``mean`` is that of the model that made the store.
+        """
+        context = FillContext(self.reader.spec.preprocessing.mean, self.ids(images), options.seed)
+        return FILLS[options.fill](pixels, context)
+
+    def masked(self, images: Images, options: MaskOptions) -> tuple[Pixels, Bools]:
+        """Masked pixels, uint8 (image, channel, y, x), and their masks, bool (image, y, x)."""
+        pixels, visible = self.pixels(images), self.masks(images, options)
+        return masks.apply(pixels, visible, self.fill(images, pixels, options)), visible
+
+    def class_lists(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Class names and wnids by class index; empty where they are not known."""
+        attributes = self.reader.attributes
+        return attributes.get("class_names", ()), attributes.get("wnids", ())
+
+
+def unranked_shards(store: StoreReader, ranking: str) -> list[int]:
+    """Built shards whose maps, as they are now, have no ranks in this ranking.
+
+    Raises
+    ------
+    StoreNotFoundError
+        The store has no such ranking at all.
+    """
+    ranked = store.ranking(ranking).records
+    n_dims = len(layout.variables(store.spec)["attribution"].dims)
+    unranked = []
+    for shard, record in store.records.items():
+        now = record["files"][layout.shard_file("attribution", shard, n_dims)]["sha256"]
+        if shard not in ranked or ranked[shard]["attribution_sha256"] != now:
+            unranked.append(shard)
+    return unranked

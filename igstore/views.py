@@ -1,0 +1,323 @@
+"""A store as xarray: maps at their true scale, and masked images that are made when they are looked at.
+
+Nothing is read before it is asked for. Arrays are dask's, one chunk a shard; picking images by number, by slice or by
+one id reads those images alone. Lists, conditions and labels read every shard that they touch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from xarray.core.indexing import IndexSelResult
+
+from igstore import layout
+from igstore.blocks import DEFAULT_BLOCK
+from igstore.errors import UserError
+from igstore.masking import Images, MaskedImages, MaskOptions
+from igstore.reader import ImageArray, StoreReader
+from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
+
+Store = str | os.PathLike[str] | StoreReader
+P = float | Sequence[float]
+
+_CLASS_LISTS = ("class_names", "wnids")
+_COORDINATES = ("image_id", "label")
+
+
+def open_store(store: Store) -> xr.Dataset:
+    """A store as one lazy Dataset.
+
+    `attribution` is at its true scale, float32: what is stored times `scale`, exact. It is NaN for images that failed.
+    Reading `attribution` or `pixels` of an image that is not built yet raises `DamagedStoreError`; `status` says which
+    are: ``ds.isel(image=(ds.status == 1).values)``.
+
+    Parameters
+    ----------
+    store
+        Its path, or a reader of it.
+
+    Returns
+    -------
+    Dataset with the variables of the store, images listed by the coordinates `image` (the id), `label` (the class
+    index, -1 unknown), `wnid` and `class_name` ("" where unknown); ``.sel(image=ID)`` and ``.sel(label=INDEX)`` both
+    work. Its attributes are the store's: everything that made it.
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is no store.
+    SettingsMismatchError
+        It is not a store of this format version.
+    """
+    reader = store if isinstance(store, StoreReader) else StoreReader(Path(store).expanduser())
+    images = np.arange(reader.n_images)
+    true_scale = np.where(reader.status == BUILT, reader.scalars("scale"), np.float32(np.nan))
+    data = {}
+    for name, variable in layout.variables(reader.spec).items():
+        if name in _COORDINATES:
+            continue
+        attributes = {"description": variable.description}
+        if not variable.is_sharded:
+            data[name] = xr.Variable(variable.dims, reader.scalars(name), attributes)
+            continue
+        array = reader.array(name)
+        read: Callable[[Images], NDArray[Any]] = array.read
+        dtype = array.dtype
+        if name == "attribution":
+            read, dtype = partial(_read_attribution, array, true_scale), np.dtype(np.float32)
+            attributes = {"description": "Integrated Gradients of the target's output"}
+        values = _lazy(name, _Lazy(read, images, array.shape[1:], dtype), _chunks(reader, images))
+        data[name] = xr.Variable(variable.dims, values, attributes)
+    provenance = {name: value for name, value in reader.attributes.items() if name not in _CLASS_LISTS}
+    return xr.Dataset(data, _coordinates(reader, images), provenance)
+
+
+def masked_view(
+    store: Store,
+    p: P = 50,
+    keep: Keep = "bottom",
+    *,
+    select: Select = "mass",
+    score: Score = "positive",
+    block: int = DEFAULT_BLOCK,
+    fill: Fill = "black",
+    order: Order = "attribution",
+    seed: int = 0,
+    images: Any = None,
+) -> xr.DataArray:
+    """Masked pixels of all built images, made when they are looked at.
+
+    Parameters
+    ----------
+    store
+        Its path, or a reader of it.
+    p, keep, select, score, block, fill, order, seed
+        As `MaskOptions`. Several values of p become a leading dimension ``p``.
+    images
+        Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
+
+    Returns
+    -------
+    uint8 DataArray (image, channel, y, x), or (p, image, channel, y, x), with the coordinates of `open_store`. Images
+    that are not built or failed are left out, as `MaskedImageNet` does. Its attributes are the options and the model.
+
+    Raises
+    ------
+    UserError
+        A value is not allowed, or there is no such store, ranking or pixels; the message says what to run.
+    SettingsMismatchError
+        `images` are others than the store's, or resized or cropped in another way.
+    """
+    options = {"keep": keep, "select": select, "score": score, "block": block, "fill": fill, "order": order}
+    source = MaskedImages(store, images)
+    source.check_pixels()
+    inner = dict(zip((CHANNEL, Y, X), (3, *source.size), strict=True))
+    return _view("masked", source, p, options | {"seed": seed}, _read_masked, inner, np.uint8)
+
+
+def keep_mask(
+    store: Store,
+    p: P = 50,
+    keep: Keep = "bottom",
+    *,
+    select: Select = "mass",
+    score: Score = "positive",
+    block: int = DEFAULT_BLOCK,
+    order: Order = "attribution",
+    seed: int = 0,
+) -> xr.DataArray:
+    """The masks alone, True where visible, for pixels and augmentations of one's own; needs no pixels in the store.
+
+    Parameters
+    ----------
+    store, p, keep, select, score, block, order, seed
+        As `masked_view`.
+
+    Returns
+    -------
+    bool DataArray (image, y, x), or (p, image, y, x), otherwise as `masked_view`.
+    """
+    options = {"keep": keep, "select": select, "score": score, "block": block, "order": order, "seed": seed}
+    source = MaskedImages(store)
+    inner = dict(zip((Y, X), source.size, strict=True))
+    return _view("visible", source, p, options, MaskedImages.masks, inner, np.bool_)
+
+
+def _view(
+    name: str,
+    source: MaskedImages,
+    p: P,
+    options: Mapping[str, Any],
+    read: Callable[..., NDArray[Any]],
+    inner: Mapping[str, int],
+    dtype: type[np.generic],
+) -> xr.DataArray:
+    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
+    if not cells:
+        raise UserError("p is empty; give a number from 0 to 100, or several")
+    source.check(cells[0])  # cells differ in p alone
+    images, shape = source.built, tuple(inner.values())
+    layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]
+    chunks = _chunks(source.reader, images)
+    coordinates = _coordinates(source.reader, images)
+    spec = source.reader.spec
+    attributes: dict[str, Any] = {"store": str(source.path), "model": spec.model, "weights": spec.weights}
+    used = dataclasses.asdict(cells[0])
+    attributes |= {option: used[option] for option in ("p", *options)}
+    if not np.ndim(p):
+        return xr.DataArray(_lazy(name, layers[0], chunks), coordinates, (IMAGE, *inner), name, attributes)
+    del attributes["p"]
+    values = _lazy(name, _Layers(layers), (1, chunks))
+    coordinates = coordinates.assign(p=[cell.p for cell in cells])
+    return xr.DataArray(values, coordinates, ("p", IMAGE, *inner), name, attributes)
+
+
+def _read_masked(source: MaskedImages, images: Images, options: MaskOptions) -> NDArray[np.uint8]:
+    return source.masked(images, options)[0]
+
+
+def _read_attribution(array: ImageArray, scale: NDArray[np.float32], images: Images) -> NDArray[np.float32]:
+    maps = array.read(images).astype(np.float32)  # (image, y, x) or (image, channel, y, x)
+    maps *= scale[images].reshape(-1, *[1] * (maps.ndim - 1))
+    return maps
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """An array (image, ...) whose images are made by `read` when it is sliced, from their numbers in the store."""
+
+    read: Callable[[Images], NDArray[Any]]
+    images: Images
+    inner: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.images), *self.inner
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        picked, *rest = key
+        images = self.images[picked]
+        values = self.read(np.atleast_1d(images))[(slice(None), *rest)]
+        return values if images.ndim else values.squeeze(axis=0)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Several `_Lazy` of one shape as one array with a leading dimension, sliced by dask one layer at a time."""
+
+    layers: Sequence[_Lazy]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.layers), *self.layers[0].shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.layers[0].dtype
+
+    def __getitem__(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        picked, *rest = key
+        if isinstance(picked, slice):
+            return np.stack([layer[tuple(rest)] for layer in self.layers[picked]])
+        return self.layers[picked][tuple(rest)]
+
+
+def _chunks(reader: StoreReader, images: Images) -> tuple[int, ...]:
+    """How many of these images are in each shard: dask's chunks along the image dimension."""
+    return tuple(np.unique_counts(images // reader.shard_size).counts.tolist())
+
+
+def _lazy(name: str, values: _Lazy | _Layers, leading: tuple[Any, ...]) -> da.Array:
+    """`values` as a dask array, without computing anything.
+
+    dask puts a slice of such an array into the read itself. For the same reason nothing may stand between the two:
+    scaling, masking and stacking are done inside `values`, where a slice reaches them.
+    """
+    chunks = leading if isinstance(values, _Layers) else (leading,)
+    return da.from_array(
+        values,
+        chunks=(*chunks, *values.shape[len(chunks) :]),
+        name=f"{name}-{uuid.uuid4().hex}",
+        asarray=False,
+        meta=np.empty((0,) * values.ndim, values.dtype),
+    )
+
+
+def _coordinates(reader: StoreReader, images: Images) -> xr.Coordinates:
+    labels = reader.scalars("label")[images]
+    coordinates = {
+        IMAGE: np.array(reader.image_ids, dtype=np.str_)[images],
+        "label": xr.Variable(IMAGE, labels, {"description": layout.LISTED["label"].description}),
+    }
+    for name, attribute in (("wnid", "wnids"), ("class_name", "class_names")):
+        known = np.array([*reader.attributes.get(attribute, ()), ""], dtype=np.str_)  # the last one is for unknown
+        places = np.where((labels == UNKNOWN_LABEL) | (labels >= len(known) - 1), -1, labels)
+        coordinates[name] = xr.Variable(IMAGE, known[places])
+    return xr.Dataset(coords=coordinates).set_xindex("label", LabelIndex).coords
+
+
+class LabelIndex(xr.Index):
+    """What makes ``.sel(label=5)`` and ``.sel(label=[5, 7])`` pick every image with such a label, in order."""
+
+    def __init__(self, labels: xr.Variable) -> None:
+        self._labels = labels
+
+    @classmethod
+    def from_variables(cls, variables: Mapping[Any, xr.Variable], *, options: Mapping[str, Any]) -> LabelIndex:
+        """As xarray asks for it."""
+        (labels,) = variables.values()
+        return cls(labels)
+
+    @classmethod
+    def concat(
+        cls, indexes: Sequence[LabelIndex], dim: Hashable, positions: Iterable[Iterable[int]] | None = None
+    ) -> LabelIndex:
+        """As xarray asks for it."""
+        return cls(xr.concat([xr.DataArray(index._labels) for index in indexes], dim).variable)
+
+    def isel(self, indexers: Mapping[Any, Any]) -> LabelIndex | None:
+        """The index of the images picked, None for a single one."""
+        labels = self._labels.isel(indexers)
+        return LabelIndex(labels) if labels.ndim else None
+
+    def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
+        """The positions of the images with these labels; `KeyError` where there is none."""
+        if method is not None or tolerance is not None:
+            raise UserError("a label is picked as it is: method and tolerance do not go with it")
+        (wanted,) = labels.values()
+        found = np.flatnonzero(np.isin(self._labels.values, wanted))
+        if not len(found):
+            raise KeyError(f"no image has the label {wanted}")
+        return IndexSelResult({self._labels.dims[0]: found})
+
+    def equals(self, other: xr.Index, **_: Any) -> bool:
+        """Whether the labels are the same."""
+        return isinstance(other, LabelIndex) and np.array_equal(self._labels, other._labels)
+
+    def join(self, other: LabelIndex, how: str = "inner") -> LabelIndex:
+        """Different images are not aligned silently."""
+        raise UserError(
+            "these arrays hold different images; pick the same ones first, as in ds.sel(image=view.image), "
+            'or leave the index of labels out with .drop_indexes("label"), so that xarray can align them by id'
+        )

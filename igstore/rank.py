@@ -99,24 +99,16 @@ def rank_store(
         root = str(reader.root.absolute())
         tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
         _compute(tasks, client, progress.advance)
-    for leftover in (reader.root / "ranks" / name).rglob(f"*{files.PARTIAL}"):
-        leftover.unlink(missing_ok=True)
+    for folder in ("ranks", "records"):
+        for leftover in (reader.root / folder / name).rglob(f"*{files.PARTIAL}"):
+            leftover.unlink(missing_ok=True)
     return RankingSummary(name, ranked, unchanged, tuple(reader.missing_shards))
 
 
 def _unranked(store: StoreReader, name: str) -> list[int]:
     """Finished shards whose maps, as they are now, have no ranks."""
     done = store.ranking(name).records if name in store.rankings else {}
-    return [
-        shard
-        for shard, record in store.records.items()
-        if shard not in done or done[shard]["attribution_sha256"] != _attribution_sha256(store.spec, shard, record)
-    ]
-
-
-def _attribution_sha256(spec: BuildSpec, shard: int, record: dict[str, Any]) -> str:
-    n_dims = len(layout.variables(spec)["attribution"].dims)
-    return str(record["files"][layout.shard_file("attribution", shard, n_dims)]["sha256"])
+    return [shard for shard in store.records if shard not in done]
 
 
 def _is_as_long(store: StoreReader, name: str) -> bool:
@@ -144,7 +136,7 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     record = store.record(shard)
     if record is None:
         raise DamagedStoreError(f"shard {shard} of {root} is being written; rank again when the build is done")
-    maps = ImageArray(store.root, "attribution", is_done=lambda _: True).shard(shard)  # (image, y, x)
+    maps = ImageArray(store.root, "attribution", is_done=lambda _: True).shard(shard)  # (image, [channel,] y, x)
     first = record["images"][0]
     grid = block_grid(*store.spec.preprocessing.crop, block)
     arrays: dict[str, Any] = {
@@ -162,7 +154,7 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
             ) from error
         arrays["rank"][batch] = ranks
         arrays["share"][batch] = block_shares(sums, ranks)
-    provenance = {"attribution_sha256": _attribution_sha256(store.spec, shard, record)}
+    provenance = {"attribution_sha256": store.attribution_sha256(record)}
     write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
     return len(maps)
 

@@ -204,11 +204,23 @@ class _Sharded:
 
 
 class RankingReader(_Sharded):
-    """One ranking of a store: arrays ``rank`` and ``share``, (image, block_y, block_x)."""
+    """One ranking of a store: arrays ``rank`` and ``share``, (image, block_y, block_x).
 
-    def __init__(self, root: Path, name: str, *, n_images: int, shard_size: int) -> None:
-        super().__init__(root, ranking=name, n_images=n_images, shard_size=shard_size)
+    Ranks of maps that have since been replaced are not finished ones.
+    """
+
+    def __init__(self, store: StoreReader, name: str) -> None:
+        super().__init__(store.root, ranking=name, n_images=store.n_images, shard_size=store.shard_size)
         self.name = name
+        self._store = store
+
+    def record(self, shard: int) -> dict[str, Any] | None:
+        """As the store's `record`."""
+        record, built = super().record(shard), self._store.records.get(shard)
+        is_of_these_maps = (
+            record and built and record.get("attribution_sha256") == self._store.attribution_sha256(built)
+        )
+        return record if is_of_these_maps else None
 
 
 class StoreReader(_Sharded):
@@ -284,6 +296,11 @@ class StoreReader(_Sharded):
         """Names of the rankings that the store has, finished or not."""
         return sorted(path.parent.name for path in (self.root / "ranks").glob("*/zarr.json"))
 
+    def attribution_sha256(self, record: dict[str, Any]) -> str:
+        """The checksum of the maps of the shard that `record` is of."""
+        n_dims = len(layout.variables(self.spec)["attribution"].dims)
+        return str(record["files"][layout.shard_file("attribution", record["shard"], n_dims)]["sha256"])
+
     def ranking(self, name: str) -> RankingReader:
         """A ranking such as ``positive-3``.
 
@@ -298,7 +315,7 @@ class StoreReader(_Sharded):
                 f"{self.root} has no ranking {name} (it has {', '.join(self.rankings) or 'none'}); "
                 f"make it with `igstore rank {self.root} --score {score} --block {block}`"
             )
-        return RankingReader(self.root, name, n_images=self.n_images, shard_size=self.shard_size)
+        return RankingReader(self, name)
 
 
 def read_record(root: Path, shard: int, ranking: str | None = None) -> dict[str, Any] | None:

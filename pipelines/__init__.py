@@ -1,0 +1,1 @@
+"""Whole studies, benchmarks and cluster jobs, built only on igstore's public names."""

@@ -1,0 +1,63 @@
+"""`make demo`: the main job on what the package registry holds, EfficientNet-Lite0's weights and foolbox's photographs.
+
+Attributes the 20 labelled photographs and says where the store is; run again, it finds the store finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import igstore
+from igstore import cli
+from igstore.images import synsets
+from igstore.info import describe
+
+_PHOTOGRAPH = re.compile(r"foolbox/data/imagenet_\d\d_(\d+)\.jpg")
+
+
+def lay_out_photographs(folder: Path) -> int:
+    """Copy foolbox's ImageNet photographs to ``folder/<wnid>/``, without importing foolbox; how many there are.
+
+    Raises
+    ------
+    UserError
+        foolbox is not installed.
+    """
+    try:
+        files = importlib.metadata.distribution("foolbox").files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise igstore.UserError("the demo's photographs come with foolbox: pip install 'igstore[demo]'") from None
+    wnids = [wnid for wnid, _ in synsets()]
+    count = 0
+    for file in files:
+        if match := _PHOTOGRAPH.fullmatch(str(file)):
+            home = folder / wnids[int(match[1])]
+            home.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(str(file.locate()), home / file.name)
+            count += 1
+    return count
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m pipelines.demo [--out DIR] [--n-steps M]``."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    parser.add_argument("--n-steps", type=cli.positive, default=50, help="gradient evaluations an image")
+    options = parser.parse_args(argv)
+    photographs, store = options.out / "photographs", options.out / "efficientnet_lite0.zarr"
+    count = lay_out_photographs(photographs)
+    cli.say(f"{count} photographs, EfficientNet-Lite0, {options.n_steps} steps each: a minute or two on a CPU")
+    info = igstore.build_store(
+        "efficientnet_lite0", photographs, store, target="label", n_steps=options.n_steps, show_progress=True
+    )
+    cli.say("", *describe(info))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

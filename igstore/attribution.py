@@ -48,15 +48,20 @@ class Attributions:
     n_steps: Tensor
 
 
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raise `UserError` where `device` has no such arithmetic."""
+    check_choice("precision", precision, Precision)
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision tf32 is a mode of CUDA devices; the device is {device}: use float32")
+
+
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
     """Fix the arithmetic of everything inside: tf32 allowed or not, float16 autocast or not, deterministic cuDNN.
 
     cuDNN uses tf32 for float32 convolutions unless told otherwise, so "float32" has to be said.
     """
-    check_choice("precision", precision, Precision)
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision tf32 is a mode of CUDA devices; the device is {device}: use float32")
+    check_precision(precision, device)
     tf32 = precision == "tf32"
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32

@@ -1,6 +1,6 @@
 """Masked images in batches on a device: each image is read and moved once, for any number of masks and networks.
 
-The device does what is done for every mask: which blocks are visible, the fill and the normalisation. What comes out
+The device does what is to be done for each mask: which blocks are visible, the fill, the normalisation. What comes out
 has the same bits as the items of `MaskedImageNet`.
 """
 
@@ -8,51 +8,31 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
-from igstore.normalisation import Normaliser
+from igstore.normalisation import normalisation_table
 from igstore.reader import StoreReader
 from igstore.schema import Preprocessing
 
-Size = tuple[int, int]
-
-
-@dataclass
-class _Loaded:
-    """What a batch needs, by what it depends on."""
-
-    ranks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # ranking -> int32 rank, float32 share
-    random_ranks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (block, seed) -> int32
-    pixels: dict[Size, Tensor] = field(default_factory=dict)  # uint8 (image, channel, y, x)
-    fills: dict[tuple[str, int, Size], Tensor] = field(default_factory=dict)  # (fill, seed, size) -> uint8, broadcastable
-
-    def to(self, device: torch.device) -> _Loaded:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return _Loaded(
-            {key: (move(rank), move(share)) for key, (rank, share) in self.ranks.items()},
-            {key: move(rank) for key, rank in self.random_ranks.items()},
-            {key: move(pixels) for key, pixels in self.pixels.items()},
-            {key: move(fill) for key, fill in self.fills.items()},
-        )
+Size = tuple[int, int]  # height, width
+Tensors = dict[tuple[Any, ...], Tensor]  # what a batch is made of, by kind and by what else it depends on
 
 
 class MaskedBatches:
-    """Iterates over a store's built images in order, in batches.
+    """A store's built images in order, in batches; a thread reads the next batch while this one is worked on.
 
-    A thread reads the next batch while the device works on this one::
+    ::
 
         cells = [MaskOptions(p=p, keep=keep) for p in (90, 70, 50, 30) for keep in ("top", "bottom")]
         for batch in MaskedBatches(store, cells, device="cuda"):
@@ -66,15 +46,15 @@ class MaskedBatches:
     cells
         The masks that will be asked for.
     networks
-        What else than the store's own model the images are shown to: the `Preprocessing` of each. Where its crop is of
-        another size than the store's, the unmasked pixels are resized to it (bilinear, antialiased), and then filled;
-        the mask is brought to it by nearest neighbour. Its own resize and interpolation are not used.
+        How each network other than the store's own model wants its input. Where its `crop` is of another size than the
+        store's, the unmasked pixels are resized to it (bilinear, antialiased) and then filled, and the mask is brought
+        to it by nearest neighbour. Its `resize` and `interpolation` do not matter here.
     images, where
         As `MaskedImageNet`.
     device
-        Where the tensors are.
+        Where the tensors are to be.
     batch_size
-        Images in a batch; the last one may be smaller.
+        Images in a batch; the last one may have fewer.
 
     Raises
     ------
@@ -99,18 +79,165 @@ class MaskedBatches:
         self._source.check_pixels()
         for cell in cells:
             self._source.check(cell)
-        self.own = self._source.reader.spec.preprocessing
         self._cells = tuple(cells)
-        self._sizes = {self.own.crop, *(network.crop for network in networks)}
+        self._networks = (self._source.reader.spec.preprocessing, *networks)  # the store's own model is the first
         self._device = torch.device(device)
-        indices = self._source.select(where)
-        self._runs = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+        chosen = self._source.select(where)
+        self._runs = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def __iter__(self) -> Iterator[MaskedBatch]:
-        labels = self._source.reader.scalars("label")
-        waiting: deque[Future[_Loaded]] = deque()
+        tables = {network: normalisation_table(network).to(self._device) for network in self._networks}
+        loading: deque[tuple[Images, Future[Tensors]]] = deque()
         with ThreadPoolExecutor(1, "batches") as thread:
-            for run in [*self._runs[:1], None]: ...
+            for run in self._runs:
+                loading.append((run, thread.submit(self._load, run)))
+                if len(loading) > 1:
+                    yield self._batch(*loading.popleft(), tables)
+            while loading:
+                yield self._batch(*loading.popleft(), tables)
+
+    def _batch(self, images: Images, loaded: Future[Tensors], tables: Mapping[Preprocessing, Tensor]) -> MaskedBatch:
+        tensors = {key: tensor.to(self._device, non_blocking=True) for key, tensor in loaded.result().items()}
+        labels = self._source.reader.scalars("label")[images]
+        return MaskedBatch(images, labels, tensors, tables, own=self._networks[0])
+
+    def _load(self, images: Images) -> Tensors:
+        """Everything that the cells need of these images, on the CPU, each thing once."""
+        tensors: Tensors = {}
+        pixels = torch.from_numpy(self._source.pixels(images))
+        for size in {network.crop for network in self._networks}:
+            tensors["pixels", size] = _resize(pixels, size)
+        for cell in self._cells:
+            if ("rank", cell.ranking) not in tensors:
+                rank, share = self._source.ranks(images, cell)
+                tensors["rank", cell.ranking] = torch.from_numpy(rank.astype(np.int32))  # torch's uint16 does little
+                tensors["share", cell.ranking] = torch.from_numpy(share)
+            if ("random", cell.block, cell.seed) not in tensors:
+                random = self._source.random_ranks(images, cell)
+                if random is not None:
+                    tensors["random", cell.block, cell.seed] = torch.from_numpy(random.astype(np.int32))
+            for size in {network.crop for network in self._networks}:
+                if ("fill", cell.fill, cell.seed, size) not in tensors:
+                    fill = self._source.fill(images, tensors["pixels", size].numpy(), cell)
+                    tensors["fill", cell.fill, cell.seed, size] = torch.from_numpy(fill)
+        if self._device.type == "cuda":
+            return {key: tensor.pin_memory() for key, tensor in tensors.items()}
+        return tensors
+
+
+class MaskedBatch:
+    """Some images and what it takes to show them under every mask. Made by `MaskedBatches`.
+
+    Every `network` below is one of those that `MaskedBatches` was given; None is the store's own model.
+
+    Attributes
+    ----------
+    images
+        int64 (image,): their numbers in the store.
+    labels
+        int16 (image,): their class indices, -1 where unknown.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        labels: NDArray[np.int16],
+        tensors: Tensors,
+        tables: Mapping[Preprocessing, Tensor],
+        *,
+        own: Preprocessing,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self._tensors = tensors
+        self._tables = tables
+        self._own = own
+        self._normalised: Tensors = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def unmasked(self, network: Preprocessing | None = None) -> Tensor:
+        """float32 (image, 3, y, x): the network's input, nothing hidden."""
+        network = self._known(network)
+        return self._normalise(("pixels", network.crop), network)
+
+    def masked(self, cell: MaskOptions, network: Preprocessing | None = None) -> Tensor:
+        """float32 (image, 3, y, x): the network's input, what the mask hides being filled.
+
+        The colour of the fill ``mean`` is that of the model that made the store; every other fill is made from the
+        pixels at the network's size.
+        """
+        network = self._known(network)
+        blocks = self._visible_blocks(cell)
+        down, across = self._blocks_of_pixels(cell.block, network)
+        mask = blocks.index_select(1, down).index_select(2, across)  # (image, y, x)
+        # normalising pixels and fill before they are put together does it once for all masks, and changes no bit
+        fill = self._normalise(("fill", cell.fill, cell.seed, network.crop), network)
+        return torch.where(mask[:, None], self.unmasked(network), fill)
+
+    def visible(self, cell: MaskOptions, network: Preprocessing | None = None) -> Tensor:
+        """float64 (image,), 0 to 1: the share of the network's input pixels that the mask leaves visible, exact."""
+        blocks = self._visible_blocks(cell)
+        down, across = self._blocks_of_pixels(cell.block, self._known(network))
+        heights = torch.bincount(down, minlength=blocks.shape[1])
+        widths = torch.bincount(across, minlength=blocks.shape[2])
+        n_visible = (blocks * heights[:, None] * widths).sum(dim=(1, 2))
+        return n_visible.double() / (len(down) * len(across))
+
+    def _known(self, network: Preprocessing | None) -> Preprocessing:
+        if network is not None and network not in self._tables:
+            raise UserError(f"{network} is not among the networks that MaskedBatches was given")
+        return network or self._own
+
+    def _visible_blocks(self, cell: MaskOptions) -> Tensor:
+        """bool (image, block_y, block_x)."""
+        rank, share = (self._get(kind, cell.ranking) for kind in ("rank", "share"))
+        random = self._get("random", cell.block, cell.seed) if cell.order == "random" else None
+        # the formulas of igstore.masks, which hold for tensors too
+        blocks: Any = visible_blocks(
+            rank,  # type: ignore[arg-type]
+            share,  # type: ignore[arg-type]
+            p=cell.p,
+            keep=cell.keep,
+            select=cell.select,
+            random_rank=random,  # type: ignore[arg-type]
+        )
+        return torch.as_tensor(blocks)
+
+    def _blocks_of_pixels(self, block: int, network: Preprocessing) -> tuple[Tensor, Tensor]:
+        """int64 (y,) and (x,): the row and the column of blocks that each pixel of a network's input belongs to."""
+        device = self._get("pixels", network.crop).device
+        down, across = (
+            torch.from_numpy(nearest(own, wanted) // block).to(device)
+            for own, wanted in zip(self._own.crop, network.crop, strict=True)
+        )
+        return down, across
+
+    def _normalise(self, key: tuple[Any, ...], network: Preprocessing) -> Tensor:
+        full_key = (*key, network)
+        if full_key not in self._normalised:
+            channels = zip(self._tables[network], self._get(*key).unbind(1), strict=True)
+            looked_up = [row.index_select(0, values.flatten().int()).view(values.shape) for row, values in channels]
+            self._normalised[full_key] = torch.stack(looked_up, dim=1)
+        return self._normalised[full_key]
+
+    def _get(self, *key: Any) -> Tensor:
+        if key not in self._tensors:
+            raise UserError(f"none of the cells that MaskedBatches was given needs {' '.join(map(str, key))}")
+        return self._tensors[key]
+
+
+def nearest(length: int, wanted: int) -> NDArray[np.int64]:
+    """For each of `wanted` pixels, which of `length` pixels of the same picture its centre falls into."""
+    return (2 * np.arange(wanted) + 1) * length // (2 * wanted)
+
+
+def _resize(pixels: Tensor, size: Size) -> Tensor:
+    """uint8 (image, channel, y, x) at another size: as Pillow's bilinear filter does it."""
+    if pixels.shape[2:] == size:
+        return pixels
+    return interpolate(pixels, size, mode="bilinear", antialias=True)

@@ -78,7 +78,7 @@ def build_store(
     baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
         The settings of `BuildSpec`, which decide what the maps are.
     limit
-        Only the first so many images; a larger limit later extends the store.
+        Only the first so many images. A larger limit later extends the store; a smaller one leaves it as it is.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
     batch_size

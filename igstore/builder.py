@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from igstore import cli, layout, provenance, staging
+from igstore.attribution import check_precision
 from igstore.attributor import Arrays, Attributor
 from igstore.decoding import Decoder, Job
 from igstore.errors import SettingsMismatchError, UserError
@@ -38,10 +39,11 @@ _UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
 
 @dataclass(frozen=True)
 class Build:
-    """A build that has been checked and not begun."""
+    """A build that has been checked and not begun: the first `n_images` of `images` go into the store at `path`."""
 
     classifier: Classifier
     images: ImageList
+    n_images: int
     spec: BuildSpec
     path: Path
     device: torch.device
@@ -82,7 +84,9 @@ def plan_build(
     if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
         raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
-    return Build(classifier, chosen, spec, Path(store), _device(device))
+    on = _device(device)
+    check_precision(spec.precision, on)
+    return Build(classifier, listed, len(chosen), spec, Path(store), on)
 
 
 def _classifier(
@@ -125,17 +129,19 @@ def run_build(
 ) -> None:
     """Carry out a planned build; parameters as `build_store`."""
     started = time.monotonic()
-    _make_room(build, overwrite=overwrite)
-    store = StoreReader(build.path)
-    jobs = _jobs(build, store)
-    with_failures = [shard for shard, record in store.records.items() if record["failed"]]
-    if jobs or with_failures:
+    there = None if overwrite else _begun_store(build)
+    if there is None or _has_work(build, there):
+        # before anything is written, since a network may turn out not to be a classifier of such images
         attributor = Attributor(build.classifier, build.spec, device=build.device, batch_size=batch_size)
+        store = _make_room(build, overwrite=overwrite)
+        jobs = _jobs(build, store)
+        with_failures = [shard for shard, record in store.records.items() if record["failed"]]
         with Decoder(build.images, build.spec.preprocessing, workers) as decoder:
             for shard in with_failures:
                 _retry_failed(build, store, shard, attributor, decoder)
             _attribute_all(build, store, jobs, attributor, decoder, show_progress=show_progress)
     staging.sweep(build.path)
+    store = StoreReader(build.path)
     if not store.attributes["complete"]:
         seconds = time.monotonic() - started + store.attributes["wall_seconds"]
         finish_store(build.path, {"complete": True, "wall_seconds": round(seconds, 1), **provenance.versions()})
@@ -143,9 +149,27 @@ def run_build(
         rank_store(build.path, show_progress=show_progress)
 
 
-def _make_room(build: Build, *, overwrite: bool) -> None:
-    """Create the store, extend it, or see that it is this build's."""
-    path, images = build.path, build.images
+def _begun_store(build: Build) -> StoreReader | None:
+    """The store that an earlier run of this build began; None where there is none yet."""
+    if not (build.path / "zarr.json").exists():
+        return None
+    store = StoreReader(build.path)
+    differences = store.spec.differences(build.spec)
+    if differences:
+        listing = "; ".join(f"{name} is {theirs} there and {ours} here" for name, theirs, ours in differences)
+        raise SettingsMismatchError(
+            f"{build.path} was made with other settings: {listing}. Give the same, another --store, or --overwrite"
+        )
+    return store
+
+
+def _has_work(build: Build, store: StoreReader) -> bool:
+    return not store.is_complete or bool(store.failed) or build.n_images > store.n_images
+
+
+def _make_room(build: Build, *, overwrite: bool) -> StoreReader:
+    """Create the store, or extend the one that was begun."""
+    path, images = build.path, build.images.head(build.n_images)
     if overwrite and (path / "zarr.json").exists():
         StoreReader(path)  # raises where this is not a store, so that nothing else is ever removed
         shutil.rmtree(path)
@@ -164,17 +188,10 @@ def _make_room(build: Build, *, overwrite: bool) -> None:
                 **provenance.versions(),
             },
         )
-        return
-    store = StoreReader(path)
-    differences = store.spec.differences(build.spec)
-    if differences:
-        listing = "; ".join(f"{name} is {theirs} there and {ours} here" for name, theirs, ours in differences)
-        raise SettingsMismatchError(
-            f"{path} was made with other settings: {listing}. Give the same, another --store, or --overwrite"
-        )
-    if len(images) > store.n_images:
+    elif len(images) > StoreReader(path).n_images:
         finish_store(path, {"complete": False})
         extend_store(path, image_ids=images.ids, labels=images.labels)
+    return StoreReader(path)
 
 
 def _jobs(build: Build, store: StoreReader) -> list[Job]:
@@ -253,18 +270,16 @@ def _failed_places(store: StoreReader, first: int, last: int) -> list[int]:
 
 def forecast(build: Build, batch_size: int | None) -> list[str]:
     """What a build would do: images, shards, bytes, and time from a short measurement."""
-    done = 0
-    if (build.path / "zarr.json").exists():
-        store = StoreReader(build.path)
-        done = store.n_images - len(store.not_built)
-    left = max(0, len(build.images) - done)
+    store = _begun_store(build)
+    done = store.n_images - len(store.not_built) if store else 0
+    left = max(0, build.n_images - done)
     attributor = Attributor(build.classifier, build.spec, device=build.device, batch_size=batch_size)
     rate = attributor.measure_speed()
     evaluations = left * build.spec.n_steps
-    n_bytes = len(build.images) * layout.image_bytes(build.spec)
-    shards = layout.shard_count(len(build.images), build.spec.shard_size)
+    n_bytes = build.n_images * layout.image_bytes(build.spec)
+    shards = layout.shard_count(build.n_images, build.spec.shard_size)
     return [
-        f"would build  {build.path}: {left} of {len(build.images)} images, {shards} shards of {build.spec.shard_size}",
+        f"would build  {build.path}: {left} of {build.n_images} images, {shards} shards of {build.spec.shard_size}",
         f"size         {cli.size(n_bytes)} on disk",
         f"time         about {cli.duration(evaluations / rate)}: {evaluations} gradient evaluations at {rate:.1f} a "
         f"second on {provenance.device_name(build.device)}, {attributor.batch_size} at a time",

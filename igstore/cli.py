@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        self.exit(MISUSED, f"{self.prog}: {message} (`{self.prog} --help` lists the options)\n")
+        """Raise `UserError`, which `run` turns into one line and status 2."""
+        raise UserError(f"{message} (`{self.prog} --help` lists the options)")
 
 
 @contextmanager

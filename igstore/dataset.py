@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.masking import MaskedImages, MaskOptions
-from igstore.normalisation import Normaliser
+from igstore.normalisation import normalise
 from igstore.reader import StoreReader
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 
@@ -52,8 +52,6 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         The `MaskOptions`.
     indices
         int64: the number in the store of each image of the data set.
-    targets
-        The class index of each, -1 where it is unknown.
     classes, wnids
         Names and WordNet ids by class index; empty where the store does not know them.
 
@@ -94,17 +92,26 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         self.return_mask = return_mask
         reader = self._source.reader
         self.indices = self._source.select(where)
-        self.targets: list[int] = reader.scalars("label")[self.indices].tolist()
+        self._targets = reader.scalars("label")[self.indices]
         names, wnids = self._source.class_lists()
         self.classes, self.wnids = list(names), list(wnids)
-        self._normalise = Normaliser(reader.spec.preprocessing)
+        self._preprocessing = reader.spec.preprocessing
         self._description = _describe(reader)
+
+    @property
+    def targets(self) -> list[int]:
+        """The class index of each image, -1 where it is unknown."""
+        targets: list[int] = self._targets.tolist()
+        return targets
 
     @property
     def class_to_idx(self) -> dict[str, int]:
         """Class index by name and by wnid; of the two classes called crane, and the two called maillot, the first."""
-        pairs = [pair for names in (self.classes, self.wnids) for pair in zip(names, range(len(names)), strict=True)]
-        return dict(reversed(pairs))
+        index: dict[str, int] = {}
+        for names in (self.classes, self.wnids):
+            for place, name in enumerate(names):
+                index.setdefault(name, place)
+        return index
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -118,9 +125,9 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         pixels, masks = self._source.masked(self.indices[positions], self.options)
         items = []
         for position, image, mask in zip(positions, torch.from_numpy(pixels), torch.from_numpy(masks), strict=True):
-            target = self.targets[position]
+            target = int(self._targets[position])
             item = (
-                self._normalise(image) if self.transform is None else self.transform(image),
+                normalise(image, self._preprocessing) if self.transform is None else self.transform(image),
                 target if self.target_transform is None else self.target_transform(target),
             )
             items.append((*item, mask) if self.return_mask else item)

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -80,7 +81,7 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def load_classifier(
     name: str,
-    weights: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
     *,
     resize: int | None = None,
     crop: int | tuple[int, int] | None = None,
@@ -110,7 +111,8 @@ def load_classifier(
     WeightsNotFoundError
         The weights are neither on this machine nor to be downloaded.
     """
-    found = (source(name, weights) for _, source in _SOURCES)
+    wanted = None if weights is None else os.fspath(weights)
+    found = (source(name, wanted) for _, source in _SOURCES)
     classifier = next((classifier for classifier in found if classifier is not None), None)
     if classifier is None:
         hint = _did_you_mean(name, [*torchvision_names(), *_LITE])
@@ -185,7 +187,7 @@ def _torchvision(name: str, weights: str | None) -> Classifier | None:
     # one entry of vgg16 has no categories: it is a feature extractor, whose last layers are not numbers
     named = {key: entry for key, entry in enum.__members__.items() if entry.meta["categories"]}
     default = named.get("IMAGENET1K_V1", enum.DEFAULT)
-    weights = weights or default.name
+    weights = default.name if weights is None else weights
     chosen = named.get(weights.removeprefix(f"{enum.__name__}."))
     entry = chosen or default
     transforms = entry.transforms()
@@ -321,9 +323,7 @@ def _function(name: str, weights: str | None) -> Classifier | None:
         raise UserError(f"{name} returned a {type(made).__name__}; it must return a torch.nn.Module or a Classifier")
     if weights is None:
         return dataclasses.replace(made, name=name)
-    if _RANDOM.fullmatch(weights):
-        raise UserError(f"weights {weights} is for named architectures; {name} decides its own parameters")
-    return _with_given(name, lambda: made.network, made.preprocessing, weights)
+    return _with_file(name, lambda: made.network, made.preprocessing, _local_file(weights, name))
 
 
 # --- What sources share
@@ -337,11 +337,12 @@ def _classifier(
 
 
 def _with_file(
-    name: str, build: Callable[[], nn.Module], preprocessing: Preprocessing, file: Path, *, recorded: str
+    name: str, build: Callable[[], nn.Module], preprocessing: Preprocessing, file: Path, recorded: str = ""
 ) -> Classifier:
     with _seeded(0):  # a constructor draws numbers, even where a file replaces them
         network = build()
-    return _classifier(name, network, preprocessing, recorded, load_weights(network, file, name))
+    sha256 = load_weights(network, file, name)
+    return _classifier(name, network, preprocessing, recorded or file.name, sha256)
 
 
 def _with_given(
@@ -355,13 +356,15 @@ def _with_given(
             network = build()
             _randomise(network, preprocessing)
         return _classifier(name, network, preprocessing, f"random:{seed}")
+    return _with_file(name, build, preprocessing, _local_file(weights, name, [*named, "random[:SEED]"]))
+
+
+def _local_file(weights: str, name: str, instead: Iterable[str] = ()) -> Path:
     file = Path(weights).expanduser()
     if not file.is_file():
-        raise WeightsNotFoundError(
-            f"weights is {weights!r}, which is no file; for {name} it must be "
-            + _any_of([*named, "the path of a file", "random[:SEED]"])
-        )
-    return _with_file(name, build, preprocessing, file, recorded=file.name)
+        choices = _any_of([*instead, "the path of a file"])
+        raise WeightsNotFoundError(f"weights is {weights!r}, which is no file; for {name} it must be {choices}")
+    return file
 
 
 def _timm_for(name: str) -> Any:
@@ -384,14 +387,14 @@ def _randomise(network: nn.Module, preprocessing: Preprocessing) -> None:
 
     Constructors prepare for training: in eval mode, with batch norm's initial statistics, Inception v3's signal fades
     to 1e-9 of its bias or explodes, and a vision transformer's head is zero. So convolutions are drawn from Kaiming's
-    normal distribution, at gain 1.2 rather than sqrt(2) because residual sums add up and nothing divides them; the
+    normal distribution, at gain 1.1 rather than sqrt(2) because residual sums add up and nothing divides them; the
     head, the last layer, loses its bias and is scaled until the logits of smooth random images spread by about 1.
     """
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     for layer in layers:
         fan_in = layer.weight[0].numel()
         if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=1.2 / math.sqrt(fan_in))
+            nn.init.normal_(layer.weight, std=1.1 / math.sqrt(fan_in))
         elif not layer.weight.any():
             nn.init.normal_(layer.weight, std=1 / math.sqrt(fan_in))
     head = layers[-1]
@@ -411,7 +414,8 @@ def _randomise(network: nn.Module, preprocessing: Preprocessing) -> None:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=3)
+    spelled = {other.lower(): other for other in known}
+    close = [spelled[match] for match in difflib.get_close_matches(name.lower(), spelled, n=3)]
     return f" (did you mean {_any_of(close)}?)" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""From uint8 pixels to a network's input, with the bits that torchvision's ``ToTensor`` and ``Normalize`` give."""
+"""From pixels to a network's input, with the bits that torchvision's ``ToTensor`` and ``Normalize`` give."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from torch import Tensor
 from igstore.schema import Preprocessing
 
 
-class Normaliser:
-    """``(pixels / 255 - mean) / std`` per channel, in float32 on the CPU.
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """``(pixels / 255 - mean) / std`` per channel.
 
     Parameters
     ----------
-    preprocessing
-        Its `mean` and `std` are used.
+    pixels
+        (..., 3, y, x), 0 to 255, uint8 or floating.
+
+    Returns
+    -------
+    A new tensor of the same shape, on the same device; float32, or the dtype of floating pixels.
     """
+    dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
+    mean, std = (
+        torch.tensor(values, dtype=dtype, device=pixels.device).view(3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return pixels.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self._mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
-        self._std = torch.tensor(preprocessing.std).view(3, 1, 1)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Float32 of the same shape, from uint8 (..., 3, y, x)."""
-        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
+def normalisation_table(preprocessing: Preprocessing) -> Tensor:
+    """float32 (3, 256): what each pixel value becomes in each channel.
 
-    def table(self) -> Tensor:
-        """float32 (3, 256): what each pixel value becomes in each channel.
-
-        Other devices round divisions in ways of their own; looking a value up gives the CPU's bits on any of them.
-        """
-        return self(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)).view(3, 256)
+    Other devices round the division in ways of their own; looking values up gives the CPU's bits on all of them.
+    """
+    return normalise(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), preprocessing).view(3, 256)

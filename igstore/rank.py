@@ -180,8 +180,9 @@ def _client(scheduler: str | None) -> Iterator[Any]:
 
 
 def _active_client() -> Any:
-    if dask.config.get("scheduler", None):
-        return None  # dask, too, goes by its configuration first
+    # dask, too, goes by its configuration first; a default client names itself there
+    if dask.config.get("scheduler", None) not in (None, "dask.distributed", "distributed"):
+        return None
     try:
         from distributed import get_client
 
@@ -198,7 +199,7 @@ def _compute(tasks: Sequence[Any], client: Any, advance: Callable[[int], None]) 
         return
     from distributed import as_completed
 
-    for _, images in as_completed(client.compute(tasks), with_results=True):
+    for _, images in as_completed(client.compute(tasks), with_results=True, loop=client.loop):
         advance(images)
 
 
@@ -223,10 +224,8 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.say(f"ranks/{summary.name}: {summary.ranked} images ranked, {summary.unchanged} unchanged")
     if summary.missing_shards:
-        cli.say(
-            f"{len(summary.missing_shards)} shards are not built and so have no ranks: go on with `igstore build`, "
-            "then rank again"
-        )
+        missing, n_shards = len(summary.missing_shards), StoreReader(options.store).n_shards
+        cli.say(f"shards that are not built, and so have no ranks: {missing} of {n_shards}; build on, then rank again")
     return cli.DONE
 
 

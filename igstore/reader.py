@@ -149,8 +149,9 @@ class ImageArray:
 def _is_raw(array: zarr.Array[Any]) -> bool:
     """Whether complete shards of this array are the images' bytes one after the other, then the index."""
     plain = BytesCodec()
+    inner = BytesCodec(endian=None) if array.dtype.itemsize == 1 else plain  # single bytes have no order
     expected = ShardingCodec(
-        chunk_shape=(1, *array.shape[1:]), codecs=(plain,), index_codecs=(plain, Crc32cCodec()), index_location="end"
+        chunk_shape=(1, *array.shape[1:]), codecs=(inner,), index_codecs=(plain, Crc32cCodec()), index_location="end"
     )
     return getattr(array.metadata, "codecs", None) == (expected,)
 

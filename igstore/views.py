@@ -215,7 +215,7 @@ class _Lazy:
         picked, *rest = key
         images = self.images[picked]
         values = self.read(np.atleast_1d(images))[(slice(None), *rest)]
-        return values if images.ndim else values.squeeze(axis=0)
+        return values if images.ndim else np.asarray(values[0])
 
 
 @dataclass(frozen=True)
@@ -237,10 +237,11 @@ class _Layers:
         return self.layers[0].dtype
 
     def __getitem__(self, key: tuple[Any, ...]) -> NDArray[Any]:
-        picked, *rest = key
+        picked, rest = key[0], key[1:]
         if isinstance(picked, slice):
-            return np.stack([layer[tuple(rest)] for layer in self.layers[picked]])
-        return self.layers[picked][tuple(rest)]
+            return np.stack([layer[rest] for layer in self.layers[picked]])
+        layer: _Lazy = self.layers[picked]
+        return layer[rest]
 
 
 def _chunks(reader: StoreReader, images: Images) -> tuple[int, ...]:
@@ -288,6 +289,10 @@ class LabelIndex(xr.Index):
         """As xarray asks for it."""
         (labels,) = variables.values()
         return cls(labels)
+
+    def create_variables(self, variables: Mapping[Any, xr.Variable] | None = None) -> dict[Any, Any]:
+        """As xarray asks for it."""
+        return dict.fromkeys(variables or (), self._labels)
 
     @classmethod
     def concat(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -52,3 +55,20 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(torch.relu_(x))
+
+
+class Slow(nn.Module):
+    """Another network, with a pause in front, so that a test can act in the middle of a build."""
+
+    def __init__(self, inner: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.inner, self.seconds = inner, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return self.inner(x)
+
+
+def demo_network() -> nn.Module:
+    """What ``--model networks:demo_network`` finds; IGSTORE_TEST_SLOW makes it slow."""
+    return Slow(Smooth().eval(), float(os.environ.get("IGSTORE_TEST_SLOW", "0")))

@@ -130,5 +130,8 @@ def test_gradient_bytes_count_what_autograd_keeps():
 
 
 def test_gradient_bytes_grow_with_the_network():
-    small, large = gradient_bytes(Smooth(), torch.zeros(1, 3, 16, 16)), gradient_bytes(Smooth(), torch.zeros(1, 3, 64, 64))
+    small, large = (
+        gradient_bytes(Smooth(), torch.zeros(1, 3, 16, 16)),
+        gradient_bytes(Smooth(), torch.zeros(1, 3, 64, 64)),
+    )
     assert large > 10 * small

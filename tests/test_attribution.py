@@ -164,7 +164,9 @@ class TestMaxError:
     def test_only_the_new_points_are_paid_for(self):
         network = frozen(Smooth())
         seen = []
-        network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])) if torch.is_grad_enabled() else None)
+        network.register_forward_hook(
+            lambda _, inputs, __: seen.append(len(inputs[0])) if torch.is_grad_enabled() else None
+        )
         x, b = images()
         ours = integrated_gradients(network, x, b, TARGETS, n_steps=3, max_error=1e-12, max_steps=25)
         assert ours.n_steps.tolist() == [24, 24, 24]

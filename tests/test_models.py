@@ -6,7 +6,6 @@ import csv
 import hashlib
 import importlib.metadata
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,6 @@ import torchvision.models
 from PIL import Image
 from torch import Tensor, nn
 
-import igstore.models
 from igstore.errors import UserError, WeightsNotFoundError
 from igstore.images import prepare
 from igstore.models import Classifier, classifier_from_module, load_classifier, normalise, torchvision_names
@@ -196,8 +194,8 @@ def test_a_file_in_torch_hubs_folder_gives_torchvisions_own_network(hub: Path, n
                 nn.init.kaiming_normal_(module.weight)
     state = trained.state_dict()
     if name == "densenet121":
-        for key in list(state):
-            state[old_densenet_key(key)] = state.pop(key)
+        counters = [key for key in state if key.endswith("num_batches_tracked")]  # which old files do not have either
+        state = {old_densenet_key(key): tensor for key, tensor in state.items() if key not in counters}
         assert "features.denseblock1.denselayer1.norm.1.weight" in state
     entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     hub.mkdir(parents=True)
@@ -223,7 +221,7 @@ def test_loading_a_file_leaves_global_random_state_alone(tmp_path: Path) -> None
     small = load_classifier("squeezenet1_1", "random")
     torch.save(small.network.state_dict(), tmp_path / "small.pth")
     before = torch.get_rng_state()
-    again = load_classifier("squeezenet1_1", str(tmp_path / "small.pth"))
+    again = load_classifier("squeezenet1_1", tmp_path / "small.pth")
     assert torch.equal(torch.get_rng_state(), before)
     assert state_sha256(again.network) == small.weights_sha256
 
@@ -236,10 +234,10 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "weights",
-    ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1", "nowhere.pth", "random:", "random:x", "IMAGENET1K_V1 "],
+    ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1", "nowhere.pth", "random:", "random:x", ""],
 )
 def test_unknown_weights_are_said_with_the_choices(weights: str) -> None:
-    expected = r"for resnet50 it must be IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, the path of a file or random\[:SEED\]"
+    expected = r"for resnet50 it must be IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, random\[:SEED\] or the path of a file"
     with pytest.raises(WeightsNotFoundError, match=expected) as caught:
         load_classifier("resnet50", weights)
     assert repr(weights) in str(caught.value)
@@ -283,12 +281,12 @@ def test_lite_networks_recognise_photographs(lite: Classifier) -> None:
 def test_lite0_scores_as_published_on_validation_images(imagenet_val: Path) -> None:
     classifier = load_classifier("efficientnet_lite0")
     with (imagenet_val.parent / "val_labels.csv").open() as stream:
-        rows = list(csv.DictReader(stream))[::9]
+        rows = list(csv.DictReader(stream))[::18]
     images = [Image.open(imagenet_val / row["wnid"] / row["file"]).convert("RGB") for row in rows]
     with torch.no_grad():
         predictions = classifier.network(network_input(classifier, images)).argmax(dim=1)
     correct = (predictions == torch.tensor([int(row["class_index"]) for row in rows])).float().mean()
-    assert correct > 0.7  # 81.3% of all 900; 100 images are good to about 4 points
+    assert correct > 0.65  # 81.3% of all 900; these 50 are good to about 6 points
 
 
 def test_lite_normalises_as_google_does() -> None:
@@ -493,7 +491,7 @@ def test_a_missing_dependency_of_a_labs_module_is_not_hidden(lab: Path) -> None:
 
 
 def test_a_labs_network_is_not_redrawn(lab: Path) -> None:
-    with pytest.raises(UserError, match="decides its own parameters"):
+    with pytest.raises(UserError, match="for our_lab.nets:Net it must be the path of a file"):
         load_classifier("our_lab.nets:Net", "random:3")
 
 
@@ -559,11 +557,6 @@ def test_an_unknown_name_is_said_with_its_neighbours_and_the_forms(name: str, hi
 def test_names_of_no_form(name: str) -> None:
     with pytest.raises(UserError, match="no model is called"):
         load_classifier(name)
-
-
-def test_no_two_sources_know_one_name() -> None:
-    names = Counter([*torchvision_names(), *igstore.models._LITE])
-    assert names.most_common(1)[0][1] == 1
 
 
 @pytest.mark.parametrize(

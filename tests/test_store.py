@@ -55,7 +55,9 @@ def shard_arrays(spec: BuildSpec, first: int, last: int) -> dict[str, np.ndarray
 def make(path: Path, spec: BuildSpec = SPEC, n: int = 10, shards: list[int] | None = None) -> dict[str, np.ndarray]:
     """A store of `n` images, the given shards of it written; returns what all shards would hold."""
     labels = np.arange(n, dtype=np.int16) % 5 - 1
-    create_store(path, spec, image_ids=[f"image_{i:04d}" for i in range(n)], labels=labels, attributes={"complete": False})
+    create_store(
+        path, spec, image_ids=[f"image_{i:04d}" for i in range(n)], labels=labels, attributes={"complete": False}
+    )
     parts = []
     for shard in range(layout.shard_count(n, spec.shard_size)):
         first, last = layout.shard_bounds(shard, n, spec.shard_size)
@@ -70,7 +72,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.zarr"
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, pixels=False), replace(SPEC, reduce="none")], ids=["sum", "no pixels", "none"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, replace(SPEC, pixels=False), replace(SPEC, reduce="none")], ids=["sum", "no pixels", "none"]
+)
 @pytest.mark.parametrize("n", [1, 4, 10], ids=lambda n: f"{n} images")
 def test_every_reader_sees_what_was_written(path, spec, n):
     expected = make(path, spec, n)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from igstore.results import Row
 from igstore.schema import Keep
 
 WIDTH = 100  # columns of a terminal
 
-_T = TypeVar("_T")
+Line = tuple[str, ...]
 
-Lines = Sequence[tuple[str, ...]]
+_SHOWN: dict[Keep, str] = {
+    "top": "where the unimportant pixels are masked (keep top)",
+    "bottom": "where the important pixels are masked (keep bottom)",
+}
 
 
 @dataclass(frozen=True)
@@ -24,73 +26,145 @@ class Table:
     Attributes
     ----------
     title
-        What it shows, on as many lines as it takes.
+        What it shows.
     header
-        The columns' names; the first column is aligned left, the others right.
+        The columns' names. The first column is aligned left, the others right.
     groups
-        Lines that belong together: the first of each group is what it is about, the others tell more of it.
+        Lines that belong together: the first of each says what it is about, the others say more of it.
     """
 
     title: str
-    header: tuple[str, ...]
-    groups: tuple[Lines, ...]
+    header: Line
+    groups: tuple[tuple[Line, ...], ...]
 
     def text(self) -> str:
         """The table for a terminal."""
-        lines = [self.header, *(line for group in self.groups for line in _indented(group))]
+        lines = [self.header]
+        for first, *others in self.groups:
+            lines += [first, *((f"  {name}", *cells) for name, *cells in others)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        title = textwrap.fill(self.title, WIDTH)
-        return "\n".join([title, *(_aligned(line, widths) for line in lines)])
+        return "\n".join([textwrap.fill(self.title, WIDTH), "", *(_aligned(line, widths) for line in lines)])
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown, the title in bold above it."""
+        """The table in GitHub's Markdown, under its title."""
         rule = ("---", *["---:"] * (len(self.header) - 1))
         lines = [self.header, rule, *(line for group in self.groups for line in group)]
         return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def _indented(group: Lines) -> list[tuple[str, ...]]:
-    first, *others = group
-    return [first, *((f"  {name}", *values) for name, *values in others)]
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-    return "  ".join(cells).rstrip()
+def _aligned(line: Line, widths: Sequence[int]) -> str:
+    name, *cells = line
+    return "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
 
 
 def article_tables(rows: Sequence[Row]) -> list[Table]:
-    """The article's three tables, for each kind of mask among the rows; a table that has no rows is left out.
+    """The article's three tables, once for each kind of mask among the rows.
 
-    Table 1 is of ``keep="top"``, Table 2 of ``keep="bottom"``, each with a column for every p. Table 3 compares the
-    two at p=50, or at the middle one of the p that both have.
+    Table 1 is of ``keep="top"`` and Table 2 of ``keep="bottom"``, with a column for every p. Table 3 sets the two side
+    by side at p=50, or at the middle one where that is missing. A table without rows is left out.
     """
     tables = []
-    for masks, of_masks in group_by(rows, describe_masks).items():
-        tables += [_by_p(number, keep, masks, of_masks) for number, keep in ((1, "top"), (2, "bottom"))]
-        tables.append(_top_against_bottom(masks, of_masks))
-    return [table for table in tables if table is not None]
+    for masks, of_masks in grouped(rows, masks_of).items():
+        for number, keep in enumerate(_SHOWN, start=1):
+            kept = [row for row in of_masks if row.keep == keep]
+            if kept:
+                tables.append(_by_p(f"Table {number}. Top-1 accuracy (%) {_SHOWN[keep]}", masks, kept))
+        compared = [row for row in of_masks if row.mcnemar_p is not None]
+        if compared:
+            tables.append(_top_against_bottom(masks, compared))
+    return tables
 
 
-_SHOWN: dict[Keep, str] = {
-    "top": "the unimportant pixels masked (keep top)",
-    "bottom": "the important pixels masked (keep bottom)",
-}
+def _by_p(title: str, masks: str, rows: Sequence[Row]) -> Table:
+    every_p = sorted({row.p for row in rows}, reverse=True)
+
+    def lines(label: str, of_label: Sequence[Row]) -> tuple[Line, ...]:
+        first, at = of_label[0], {row.p: row for row in of_label}
+
+        def line(name: str, unmasked: str, of_row: Callable[[Row], str]) -> Line:
+            return (name, unmasked, *(of_row(at[p]) if p in at else "" for p in every_p))
+
+        return (
+            line(label, percent(first.original_top1, first.n), lambda row: percent(row.top1, row.n)),
+            line("95% interval", _interval(first.original_low, first.original_high, first.n), _interval_of),
+            line("top-5", percent(first.original_top5, first.n), lambda row: percent(row.top5, row.n)),
+            line("pixels visible", percent(100, first.n), lambda row: percent(row.visible, row.n)),
+        )
+
+    groups = tuple(lines(label, of_label) for label, of_label in grouped(rows, labeller(rows)).items())
+    return Table(f"{title}, of {_images(rows)}. {masks}", ("model", "unmasked", *(f"p={p:g}" for p in every_p)), groups)
 
 
-def _by_p(number: int, keep: Keep, masks: str, rows: Sequence[Row]) -> Table | None:
-    kept = [row for row in rows if row.keep == keep]
-    if not kept:
-        return None
-    every_p = sorted({row.p for row in kept}, reverse=True)
+def _top_against_bottom(masks: str, rows: Sequence[Row]) -> Table:
+    every_p = sorted({row.p for row in rows})
+    p = 50.0 if 50 in every_p else every_p[len(every_p) // 2]
     groups = []
-    for label, of_label in group_by(kept, labeller(rows)).items():
-        first = of_label[0]
-        at = {row.p: row for row in of_label}
-        cells = [at.get(p) for p in every_p]
+    for label, of_label in grouped([row for row in rows if row.p == p], labeller(rows)).items():
+        at = {row.keep: row for row in of_label}
+        top, bottom = at["top"], at["bottom"]
+        accuracies = (percent(row.top1, row.n) for row in (top, bottom))
+        test = (str(top.only_this), str(top.only_opposite), _probability(top.mcnemar_p))
         groups.append(
             (
-                (label, percent(first.original_top1, first.n), *(row and percent(row.top1, row.n) or "" for row in cells)),
+                (label, *accuracies, *test),
+                ("95% interval", _interval_of(top), _interval_of(bottom), "", "", ""),
             )
         )
-    return Table("", (), tuple(groups))
+    title = f"Table 3. Top-1 accuracy (%) of the important against the unimportant pixels at p={p:g}"
+    header = ("model", f"top {p:g}%", f"bottom {p:g}%", "right top only", "right bottom only", "McNemar's p")
+    return Table(f"{title}, of {_images(rows)}. {masks}", header, tuple(groups))
+
+
+def masks_of(row: Row) -> str:
+    """Whose masks a row is of, how they were made and what p means, in a sentence; not in which order or with what p."""
+    made_by = "own masks" if row.is_own else f"masks of {row.store_model}"
+    return (
+        f"{made_by[0].upper()}{made_by[1:]} ({row.baseline} baseline, {row.target} as target, {row.n_steps} steps); "
+        f"p by {row.select}, {row.score} scores of {row.block}x{row.block} blocks; {row.fill} fill."
+    )
+
+
+def labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What to call a row's line among these rows: the model, and as much more as it takes to tell the lines apart."""
+    more = ("weights", "store", "seed")
+    seen: dict[str, list[set[object]]] = {}
+    for row in rows:
+        for values, name in zip(seen.setdefault(row.model, [set() for _ in more]), more, strict=True):
+            values.add(getattr(row, name))
+
+    def label(row: Row) -> str:
+        order = ["random order"] if row.order == "random" else []
+        differing = [str(getattr(row, name)) for name, values in zip(more, seen[row.model], strict=True) if len(values) > 1]
+        return ", ".join([row.model, *order, *differing])
+
+    return label
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """The rows by what `key` says of them, groups and rows in the order in which they come."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def percent(value: float, n: int) -> str:
+    """A percentage of `n` images, with as many decimals as they carry."""
+    return f"{value:.2f}" if n >= 1000 else f"{value:.1f}"
+
+
+def _interval(low: float, high: float, n: int) -> str:
+    return f"{percent(low, n)}-{percent(high, n)}"
+
+
+def _interval_of(row: Row) -> str:
+    return _interval(row.low, row.high, row.n)
+
+
+def _probability(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def _images(rows: Sequence[Row]) -> str:
+    counts = sorted({row.n for row in rows})
+    return f"{counts[0]} images" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} images"

@@ -491,7 +491,7 @@ def test_a_missing_dependency_of_a_labs_module_is_not_hidden(lab: Path) -> None:
 
 
 def test_a_labs_network_is_not_redrawn(lab: Path) -> None:
-    with pytest.raises(UserError, match="for our_lab.nets:Net it must be the path of a file"):
+    with pytest.raises(UserError, match=r"for our_lab\.nets:Net it must be the path of a file"):
         load_classifier("our_lab.nets:Net", "random:3")
 
 

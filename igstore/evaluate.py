@@ -32,7 +32,7 @@ from igstore.progress import Progress
 from igstore.reader import StoreReader
 from igstore.report import check_out, write_report
 from igstore.results import Pairing, Row, Shown, measure, predictions, settings_sha256
-from igstore.schema import BUILT, FAILED, UNKNOWN_LABEL, Fill, Keep, Order, Preprocessing, Score, Select
+from igstore.schema import BUILT, FAILED, NOT_BUILT, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select
 from igstore.tables import article_tables
 
 _BATCH = {"cpu": 32, "cuda": 128}  # images; larger ones gain nothing
@@ -116,7 +116,302 @@ def evaluate(
         A network does not classify such images.
     """
     readers = [store if isinstance(store, StoreReader) else StoreReader(store) for store in _several(stores)]
-    options = {"p": p, "keep": keep, "select": select, "score": score, "block": block, "fill": fill, "order": order}
-    cells = _cells({name: _several(values) for name, values in options.items()}, seed)
-    target = find_device(device)
-    ...
+    cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)
+    on = find_device(device)
+    if out is not None:
+        check_out(Path(out))
+    _check_labels(readers)
+    plans = [
+        _plan(store, shown_to, cells, images=images, limit=limit, batch_size=batch_size or _BATCH[on.type], device=on)
+        for store, shown_to in zip(readers, _classifiers(readers, models, weights), strict=True)
+    ]
+    shown: list[Shown] = []
+    with (
+        numerics("float32", on),
+        Progress(sum(len(plan.images) for plan in plans), label="evaluate", show=show_progress) as progress,
+    ):
+        networks = _accelerated([classifier for plan in plans for classifier in plan.classifiers], on)
+        for plan in plans:
+            shown += _show(plan, networks, cells, on, progress)
+    evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
+    if out is not None:
+        write_report(Path(out), evaluation.rows, evaluation.predictions)
+    return evaluation
+
+
+def _several(values: Any) -> tuple[Any, ...]:
+    """One value or a sequence of them as a tuple without repetitions."""
+    one = isinstance(values, str | os.PathLike | StoreReader) or not isinstance(values, Iterable)
+    return tuple(dict.fromkeys([values] if one else values))
+
+
+def _cells(seed: int, **options: Any) -> list[MaskOptions]:
+    several = {name: _several(values) for name, values in options.items()}
+    for name, values in several.items():
+        if not values:
+            raise UserError(f"{name} is empty; give at least one value")
+    # in the order of the tables: p changes first, the order of the blocks last
+    names = ["order", "fill", "block", "score", "select", "keep", "p"]
+    product = itertools.product(*(several[name] for name in names))
+    return [MaskOptions(**dict(zip(names, values, strict=True)), seed=seed) for values in product]
+
+
+def _check_labels(stores: Sequence[StoreReader]) -> None:
+    labels: dict[str, int] = {}
+    for store in stores:
+        for image_id, label in zip(store.image_ids, store.scalars("label").tolist(), strict=True):
+            if labels.setdefault(image_id, label) != label:
+                raise UserError(
+                    f"image {image_id} has label {label} in {store.root} and {labels[image_id]} in another store: they "
+                    "are of different data sets; evaluate them one by one"
+                )
+
+
+# --- Which models
+
+
+def _classifiers(
+    stores: Sequence[StoreReader], models: Sequence[str | Classifier] | None, weights: str | Sequence[str] | None
+) -> list[list[Classifier]]:
+    """For each store, the classifiers that its images are shown to."""
+    if models is None:
+        return [[_own_classifier(*pair)] for pair in zip(stores, _one_each(weights, len(stores)), strict=True)]
+    if not models:
+        raise UserError("models is empty; give at least one, or leave it out for the store's own model")
+    wrong = [model for model in models if not isinstance(model, str | Classifier)]
+    if wrong:
+        raise UserError(f"models has a {type(wrong[0]).__name__}; each must be a name or a Classifier")
+    names = [model for model in models if isinstance(model, str)]
+    named = iter([load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)])
+    shown_to = [next(named) if isinstance(model, str) else model for model in models]
+    return [shown_to] * len(stores)
+
+
+def _one_each(weights: str | Sequence[str] | None, n_models: int) -> Sequence[str | None]:
+    if weights is None or isinstance(weights, str) or len(weights) == 1:
+        return [weights if weights is None or isinstance(weights, str) else weights[0]] * n_models
+    if len(weights) != n_models:
+        raise UserError(
+            f"there are {len(weights)} weights for {n_models} models by name; give one for each, or one for all"
+        )
+    return weights
+
+
+def _own_classifier(store: StoreReader, weights: str | None) -> Classifier:
+    """The classifier that made a store, by the name and weights that it records, or from these `weights`."""
+    spec = store.spec
+    what = f"{store.root} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
+    remedy = "give --weights for it, or --models to show its images to others (in Python, models=[Classifier, ...])"
+    try:
+        try:
+            found = load_classifier(spec.model, weights or spec.weights)
+        except WeightsNotFoundError:
+            if weights is not None:
+                raise
+            # what is recorded need not be a word to load them by: it may be the name of a package or a tag
+            found = load_classifier(spec.model)
+    except UserError as error:
+        raise UserError(f"{what}, which cannot be loaded: {error}; {remedy}") from error
+    if found.weights_sha256 != spec.weights_sha256:
+        raise SettingsMismatchError(
+            f"{what}, but the weights found are {found.weights} (sha256 {found.weights_sha256[:12]}); {remedy}"
+        )
+    return dataclasses.replace(found, preprocessing=spec.preprocessing)
+
+
+def _accelerated(classifiers: Iterable[Classifier], device: torch.device) -> dict[Classifier, nn.Module]:
+    return {
+        classifier: accelerate(classifier.network, torch.zeros(1, 3, *classifier.preprocessing.crop, device=device))
+        for classifier in dict.fromkeys(classifiers)
+    }
+
+
+# --- Showing images
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A store, which of its images to show, and to whom."""
+
+    store: StoreReader
+    images: NDArray[np.int64]
+    batches: MaskedBatches
+    classifiers: Sequence[Classifier]
+
+
+def _plan(
+    store: StoreReader,
+    classifiers: Sequence[Classifier],
+    cells: Sequence[MaskOptions],
+    *,
+    images: Any,
+    limit: int | None,
+    batch_size: int,
+    device: torch.device,
+) -> _Plan:
+    chosen = np.flatnonzero(store.status == BUILT)[:limit]
+    if len(chosen) and (store.scalars("label")[chosen] == UNKNOWN_LABEL).all():
+        raise UserError(
+            f"none of the {len(chosen)} images of {store.root} has a label: there is no accuracy to measure"
+        )
+    where = np.zeros(store.n_images, bool)
+    where[chosen] = True
+    networks = [classifier.preprocessing for classifier in classifiers]
+    batches = MaskedBatches(
+        store, cells, networks=networks, images=images, where=where, device=device, batch_size=batch_size
+    )
+    return _Plan(store, chosen, batches, classifiers)
+
+
+def _show(
+    plan: _Plan,
+    networks: Mapping[Classifier, nn.Module],
+    cells: Sequence[MaskOptions],
+    device: torch.device,
+    progress: Progress,
+) -> list[Shown]:
+    """Show a store's images, unmasked and under every mask, to each of its classifiers."""
+    views: dict[Classifier, list[_Views]] = {classifier: [] for classifier in plan.classifiers}
+    with torch.inference_mode():
+        for batch in plan.batches:
+            for classifier, of_classifier in views.items():
+                of_classifier.append(_view(batch, classifier, networks[classifier], cells))
+            progress.advance(len(batch))
+    ids = [plan.store.image_ids[image] for image in plan.images.tolist()]
+    labels = plan.store.scalars("label")[plan.images]
+    return [
+        Shown(_pairing(plan.store, classifier, device), ids, labels, *map(np.hstack, zip(*of_classifier, strict=True)))
+        for classifier, of_classifier in views.items()
+    ]
+
+
+# predicted class, label in the top five, visible share: (1 + cell, image) each, first of the unmasked images
+_Views = tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.float64]]
+
+
+def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells: Sequence[MaskOptions]) -> _Views:
+    own = classifier.preprocessing
+    unmasked = batch.unmasked(own)
+    labels = torch.as_tensor(batch.labels, device=unmasked.device)[:, None]
+    inputs = itertools.chain([unmasked], (batch.masked(cell, own) for cell in cells))
+    scores = [_scores(network, images, classifier.name, int(batch.labels.max())) for images in inputs]
+    every = torch.stack(scores)  # (1 + cell, image, class)
+    if not every.isfinite().all():
+        raise ModelError(f"{classifier.name} gives outputs that are not finite")
+    prediction = every.argmax(dim=2)
+    in_top5 = (every.topk(min(5, every.shape[2]), dim=2).indices == labels).any(dim=2)
+    visible = torch.stack(
+        [torch.ones(len(batch), dtype=torch.float64), *(batch.visible(cell, own).cpu() for cell in cells)]
+    )
+    return prediction.cpu().numpy().astype(np.int16), in_top5.cpu().numpy(), visible.numpy()
+
+
+def _scores(network: nn.Module, inputs: Tensor, name: str, largest_label: int) -> Tensor:
+    """The network's float32 outputs, (image, class)."""
+    try:
+        scores = logits(network, inputs.contiguous(memory_format=torch.channels_last), len(inputs)).float()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller --batch-size") from error
+    if largest_label >= scores.shape[1]:
+        raise UserError(
+            f"an image has class index {largest_label}, but {name} has {scores.shape[1]} classes (0 to "
+            f"{scores.shape[1] - 1}): it is for another data set"
+        )
+    return scores
+
+
+def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -> Pairing:
+    spec, versions = store.spec, provenance.versions()["versions"]
+    return Pairing(
+        store=store.root.name,
+        store_model=spec.model,
+        store_weights=spec.weights,
+        store_weights_sha256=spec.weights_sha256,
+        store_settings_sha256=settings_sha256(spec),
+        baseline=spec.baseline,
+        target=spec.target,
+        output=spec.output,
+        method=spec.method,
+        n_steps=spec.n_steps,
+        reduce=spec.reduce,
+        model=classifier.name,
+        weights=classifier.weights,
+        weights_sha256=classifier.weights_sha256,
+        device=provenance.device_name(device),
+        igstore_version=versions["igstore"],
+        torch_version=versions["torch"],
+    )
+
+
+# --- The command
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        "evaluate",
+        "Measure models on a store's masked images and print the article's tables. Options that take several values "
+        "make the cross product; each image is read once for all of it.",
+    )
+    parser.add_argument("stores", metavar="STORE", nargs="+", help="ranked stores, as igstore build makes them")
+    who = parser.add_argument_group("who is shown the images")
+    who.add_argument("--models", nargs="+", metavar="NAME", help="these models; default: each store's own")
+    who.add_argument(
+        "--weights", nargs="+", metavar="W", help="as igstore build takes them: one for each model, or one for all"
+    )
+    what = parser.add_argument_group("masks")
+    what.add_argument("--p", nargs="+", type=float, default=[90, 70, 50, 30], help="percentages, 0 to 100")
+    what.add_argument(
+        "--keep", nargs="+", default=cli.choices_of(Keep), choices=cli.choices_of(Keep), help="what is shown"
+    )
+    what.add_argument(
+        "--select", nargs="+", default=["mass"], choices=list(SELECTIONS), help="what p is a percentage of"
+    )
+    what.add_argument("--score", nargs="+", default=["positive"], choices=list(SCORES), help="the rankings to use")
+    what.add_argument("--block", nargs="+", type=cli.positive, default=[DEFAULT_BLOCK], help="side in pixels")
+    what.add_argument("--fill", nargs="+", default=["black"], choices=list(FILLS), help="what a hidden pixel becomes")
+    what.add_argument(
+        "--order",
+        nargs="+",
+        default=cli.choices_of(Order),
+        choices=cli.choices_of(Order),
+        help="random is the control: as many blocks, in a random order",
+    )
+    what.add_argument("--seed", type=int, default=0, help="of the random order and of the noise")
+    what.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
+    what.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for results.json, results.csv, tables.md and predictions.zarr"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore evaluate STORE [STORE ...]``."""
+    options = vars(_parser().parse_args(argv))
+    stores = [StoreReader(path) for path in options.pop("stores")]
+    for store in stores:
+        n_failed, n_missing = (int((store.status == status).sum()) for status in (FAILED, NOT_BUILT))
+        if n_failed or n_missing:
+            cli.say(
+                f"note: {store.root} has {n_failed} images that failed and {n_missing} not built; they are left out"
+            )
+    evaluation = evaluate(stores, **options, show_progress=True)
+    for table in article_tables(evaluation.rows):
+        cli.say(table.text(), "")
+    if options["out"]:
+        cli.say(f"results in {options['out']}")
+    return cli.DONE
+
+
+class _CallableModule(ModuleType):
+    """Importing this module sets the package's attribute ``evaluate`` to it, which must remain the function."""
+
+    __call__ = staticmethod(evaluate)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

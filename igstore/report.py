@@ -24,7 +24,9 @@ RESULTS, CSV, TABLES, PREDICTIONS = "results.json", "results.csv", "tables.md", 
 
 def check_out(out: Path) -> None:
     """Raise `StoreExistsError` unless a report may be written to `out`: nothing there, or nothing but a report."""
-    strangers = sorted({path.name for path in out.iterdir()} - {RESULTS, CSV, TABLES, PREDICTIONS}) if out.is_dir() else []
+    strangers = (
+        sorted({path.name for path in out.iterdir()} - {RESULTS, CSV, TABLES, PREDICTIONS}) if out.is_dir() else []
+    )
     if strangers or (out.exists() and not out.is_dir()):
         what = f"holds {strangers[0]}, which igstore evaluate did not make" if strangers else "is a file"
         raise StoreExistsError(f"{out} {what}: give another --out, or remove it")
@@ -85,4 +87,6 @@ def read_rows(out: Path) -> list[Row]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, TypeError) as error:
-        raise DamagedStoreError(f"{out / RESULTS} holds no results of this igstore's ({error}); remove {out}") from error
+        raise DamagedStoreError(
+            f"{out / RESULTS} holds no results of this igstore's ({error}); remove {out}"
+        ) from error

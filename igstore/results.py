@@ -228,4 +228,6 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
 def _coordinates(dim: str, records: Sequence[dict[str, Any]]) -> dict[str, tuple[str, NDArray[Any]]]:
     columns = {name: np.array([record[name] for record in records]) for name in records[0]}
     # Zarr has no stable type for NumPy's strings of fixed length
-    return {name: (dim, column.astype(object) if column.dtype.kind == "U" else column) for name, column in columns.items()}
+    return {
+        name: (dim, column.astype(object) if column.dtype.kind == "U" else column) for name, column in columns.items()
+    }

@@ -134,7 +134,9 @@ def labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
 
     def label(row: Row) -> str:
         order = ["random order"] if row.order == "random" else []
-        differing = [str(getattr(row, name)) for name, values in zip(more, seen[row.model], strict=True) if len(values) > 1]
+        differing = [
+            str(getattr(row, name)) for name, values in zip(more, seen[row.model], strict=True) if len(values) > 1
+        ]
         return ", ".join([row.model, *order, *differing])
 
     return label

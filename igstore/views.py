@@ -1,7 +1,8 @@
 """A store as xarray: maps at their true scale, and masked images that are made when they are looked at.
 
-Nothing is read before it is asked for. Arrays are dask's, one chunk a shard; picking images by number, by slice or by
-one id reads those images alone. Lists, conditions and labels read every shard that they touch.
+Nothing is read before it is asked for. Arrays are dask's, one chunk a shard. Picking images by number, id or slice in
+one step, as in ``view.sel(p=50, image=ID)``, reads those images alone; a second step, a list, a condition or a label
+reads the whole of each shard that it touches.
 """
 
 from __future__ import annotations

@@ -289,6 +289,15 @@ def test_lite0_scores_as_published_on_validation_images(imagenet_val: Path) -> N
     assert correct > 0.65  # 81.3% of all 900; these 50 are good to about 6 points
 
 
+def test_lite_resizes_and_crops_as_timm_does(lite: Classifier) -> None:
+    timm = pytest.importorskip("timm")
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.models.get_pretrained_cfg(f"tf_{lite.name}").to_dict())
+    transform = timm.data.create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})
+    image = photographs()[0][0]
+    pixels = torch.from_numpy(prepare(image, lite.preprocessing))
+    torch.testing.assert_close(pixels / 255, transform(image), rtol=0, atol=0)
+
+
 def test_lite_normalises_as_google_does() -> None:
     classifier = load_classifier("efficientnet_lite0", "random")
     pixels = torch.arange(256).repeat(3, 1, 1)

@@ -6,36 +6,27 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
 import xarray as xr
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from igstore import cli, provenance
-from igstore.acceleration import accelerate
-from igstore.attribution import logits, numerics
-from igstore.batches import MaskedBatch, MaskedBatches
+from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.devices import find_device
-from igstore.errors import ModelError, SettingsMismatchError, UserError, WeightsNotFoundError
+from igstore.errors import SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.models import Classifier, load_classifier
-from igstore.progress import Progress
 from igstore.reader import StoreReader
 from igstore.report import check_out, write_report
-from igstore.results import Pairing, Row, Shown, measure, predictions, settings_sha256
-from igstore.schema import BUILT, FAILED, NOT_BUILT, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select
+from igstore.results import Row, measure, predictions
+from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
+from igstore.showing import ShowingPlan, show
 from igstore.tables import article_tables
-
-_BATCH = {"cpu": 32, "cuda": 128}  # images; larger ones gain nothing
 
 Store = str | os.PathLike[str] | StoreReader
 
@@ -122,17 +113,10 @@ def evaluate(
         check_out(Path(out))
     _check_labels(readers)
     plans = [
-        _plan(store, shown_to, cells, images=images, limit=limit, batch_size=batch_size or _BATCH[on.type], device=on)
+        ShowingPlan(store, shown_to, cells, images=images, limit=limit, batch_size=batch_size, device=on)
         for store, shown_to in zip(readers, _classifiers(readers, models, weights), strict=True)
     ]
-    shown: list[Shown] = []
-    with (
-        numerics("float32", on),
-        Progress(sum(len(plan.images) for plan in plans), label="evaluate", show=show_progress) as progress,
-    ):
-        networks = _accelerated([classifier for plan in plans for classifier in plan.classifiers], on)
-        for plan in plans:
-            shown += _show(plan, networks, cells, on, progress)
+    shown = show(plans, show_progress=show_progress)
     evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
     if out is not None:
         write_report(Path(out), evaluation.rows, evaluation.predictions)
@@ -217,130 +201,6 @@ def _own_classifier(store: StoreReader, weights: str | None) -> Classifier:
             f"{what}, but the weights found are {found.weights} (sha256 {found.weights_sha256[:12]}); {remedy}"
         )
     return dataclasses.replace(found, preprocessing=spec.preprocessing)
-
-
-def _accelerated(classifiers: Iterable[Classifier], device: torch.device) -> dict[Classifier, nn.Module]:
-    return {
-        classifier: accelerate(classifier.network, torch.zeros(1, 3, *classifier.preprocessing.crop, device=device))
-        for classifier in dict.fromkeys(classifiers)
-    }
-
-
-# --- Showing images
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """A store, which of its images to show, and to whom."""
-
-    store: StoreReader
-    images: NDArray[np.int64]
-    batches: MaskedBatches
-    classifiers: Sequence[Classifier]
-
-
-def _plan(
-    store: StoreReader,
-    classifiers: Sequence[Classifier],
-    cells: Sequence[MaskOptions],
-    *,
-    images: Any,
-    limit: int | None,
-    batch_size: int,
-    device: torch.device,
-) -> _Plan:
-    chosen = np.flatnonzero(store.status == BUILT)[:limit]
-    if len(chosen) and (store.scalars("label")[chosen] == UNKNOWN_LABEL).all():
-        raise UserError(
-            f"none of the {len(chosen)} images of {store.root} has a label: there is no accuracy to measure"
-        )
-    where = np.zeros(store.n_images, bool)
-    where[chosen] = True
-    networks = [classifier.preprocessing for classifier in classifiers]
-    batches = MaskedBatches(
-        store, cells, networks=networks, images=images, where=where, device=device, batch_size=batch_size
-    )
-    return _Plan(store, chosen, batches, classifiers)
-
-
-def _show(
-    plan: _Plan,
-    networks: Mapping[Classifier, nn.Module],
-    cells: Sequence[MaskOptions],
-    device: torch.device,
-    progress: Progress,
-) -> list[Shown]:
-    """Show a store's images, unmasked and under every mask, to each of its classifiers."""
-    views: dict[Classifier, list[_Views]] = {classifier: [] for classifier in plan.classifiers}
-    with torch.inference_mode():
-        for batch in plan.batches:
-            for classifier, of_classifier in views.items():
-                of_classifier.append(_view(batch, classifier, networks[classifier], cells))
-            progress.advance(len(batch))
-    ids = [plan.store.image_ids[image] for image in plan.images.tolist()]
-    labels = plan.store.scalars("label")[plan.images]
-    return [
-        Shown(_pairing(plan.store, classifier, device), ids, labels, *map(np.hstack, zip(*of_classifier, strict=True)))
-        for classifier, of_classifier in views.items()
-    ]
-
-
-# predicted class, label in the top five, visible share: (1 + cell, image) each, first of the unmasked images
-_Views = tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.float64]]
-
-
-def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells: Sequence[MaskOptions]) -> _Views:
-    own = classifier.preprocessing
-    unmasked = batch.unmasked(own)
-    labels = torch.as_tensor(batch.labels, device=unmasked.device)[:, None]
-    inputs = itertools.chain([unmasked], (batch.masked(cell, own) for cell in cells))
-    scores = [_scores(network, images, classifier.name, int(batch.labels.max())) for images in inputs]
-    every = torch.stack(scores)  # (1 + cell, image, class)
-    if not every.isfinite().all():
-        raise ModelError(f"{classifier.name} gives outputs that are not finite")
-    prediction = every.argmax(dim=2)
-    in_top5 = (every.topk(min(5, every.shape[2]), dim=2).indices == labels).any(dim=2)
-    visible = torch.stack(
-        [torch.ones(len(batch), dtype=torch.float64), *(batch.visible(cell, own).cpu() for cell in cells)]
-    )
-    return prediction.cpu().numpy().astype(np.int16), in_top5.cpu().numpy(), visible.numpy()
-
-
-def _scores(network: nn.Module, inputs: Tensor, name: str, largest_label: int) -> Tensor:
-    """The network's float32 outputs, (image, class)."""
-    try:
-        scores = logits(network, inputs.contiguous(memory_format=torch.channels_last), len(inputs)).float()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller --batch-size") from error
-    if largest_label >= scores.shape[1]:
-        raise UserError(
-            f"an image has class index {largest_label}, but {name} has {scores.shape[1]} classes (0 to "
-            f"{scores.shape[1] - 1}): it is for another data set"
-        )
-    return scores
-
-
-def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -> Pairing:
-    spec, versions = store.spec, provenance.versions()["versions"]
-    return Pairing(
-        store=store.root.name,
-        store_model=spec.model,
-        store_weights=spec.weights,
-        store_weights_sha256=spec.weights_sha256,
-        store_settings_sha256=settings_sha256(spec),
-        baseline=spec.baseline,
-        target=spec.target,
-        output=spec.output,
-        method=spec.method,
-        n_steps=spec.n_steps,
-        reduce=spec.reduce,
-        model=classifier.name,
-        weights=classifier.weights,
-        weights_sha256=classifier.weights_sha256,
-        device=provenance.device_name(device),
-        igstore_version=versions["igstore"],
-        torch_version=versions["torch"],
-    )
 
 
 # --- The command

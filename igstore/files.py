@@ -1,10 +1,12 @@
-"""Writing files so that a crash leaves either the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves either the old one or the new one, and knowing that one is what was written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ PARTIAL = ".partial"  # ends the name of a file that is being written; zarr-pyth
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """Write `pieces` under a temporary name, flush them to the disk, then rename; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the process id keeps two builders' temporary files apart
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    # two processes, of one machine or of several, may write the same file at once
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
             for piece in pieces:
@@ -23,14 +25,28 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which file it was
+            error.filename = str(path)
         raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object atomically, readable by people; NaN and infinity are refused (ValueError)."""
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the sha256 of its own contents added, under ``seal``, in place of an older one."""
+    unsealed = {name: value for name, value in content.items() if name != "seal"}
+    text = json.dumps(unsealed, sort_keys=True)
+    return {**unsealed, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is as `sealed` made it: nothing in it has changed since."""
+    return sealed(content).get("seal") == content.get("seal")
 
 
 def flush(path: Path) -> None:

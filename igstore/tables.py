@@ -1,4 +1,4 @@
-"""From the rows of an evaluation to the article's Tables 1, 2 and 3, as plain text and as Markdown. No I/O, no torch."""
+"""From an evaluation's rows to the article's Tables 1, 2 and 3, as plain text and as Markdown. No I/O, no torch."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _top_against_bottom(masks: str, rows: Sequence[Row]) -> Table:
 
 
 def masks_of(row: Row) -> str:
-    """Whose masks a row is of, how they were made and what p means, in a sentence; not in which order or with what p."""
+    """Whose masks a row is of, how they were made, and what p means; the p itself and the order are left out."""
     made_by = "own masks" if row.is_own else f"masks of {row.store_model}"
     return (
         f"{made_by[0].upper()}{made_by[1:]} ({row.baseline} baseline, {row.target} as target, {row.n_steps} steps); "

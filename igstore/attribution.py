@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from igstore.errors import ModelError, UserError
@@ -69,9 +70,7 @@ def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
         stack.callback(setattr, matmul, "allow_tf32", before)
         matmul.allow_tf32 = tf32
         cudnn = torch.backends.cudnn
-        stack.enter_context(
-            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32)
-        )
+        stack.enter_context(cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32))
         if precision == "float16":
             stack.enter_context(torch.autocast(device.type, dtype=torch.float16))
         yield
@@ -204,18 +203,18 @@ def integrated_gradients(
         f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
         f_b = select_output(logits(network, baselines, batch_size), targets, output).double()
 
-        def add(images: Tensor, alphas: np.ndarray, weights: np.ndarray) -> None:
+        def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
             _add_gradients(sums, images, alphas, weights, network, baselines, difference, targets, output, batch_size)
 
         def error() -> Tensor:
             total = (difference * sums).sum(dim=(1, 2, 3), dtype=torch.float64)
             return completeness_error(total, f_x - f_b)
 
-        add(torch.arange(len(inputs)), alphas, weights)
+        add(list(range(len(inputs))), alphas, weights)
         m = n_steps
         while max_error is not None and max_steps is not None and 2 * m <= max_steps:
-            rough = ((error() > max_error) & (steps == m)).cpu().nonzero()[:, 0]
-            if not len(rough):
+            rough = ((error() > max_error) & (steps == m)).nonzero()[:, 0].tolist()
+            if not rough:
                 break
             # the points of 2m steps that those of m steps lack; the old ones count half from now on
             sums[rough] /= 2
@@ -233,9 +232,9 @@ def integrated_gradients(
 
 def _add_gradients(
     sums: Tensor,
-    images: Tensor,
-    alphas: np.ndarray,
-    weights: np.ndarray,
+    images: list[int],
+    alphas: NDArray[np.float64],
+    weights: NDArray[np.float64],
     network: nn.Module,
     baselines: Tensor,
     difference: Tensor,
@@ -245,24 +244,23 @@ def _add_gradients(
 ) -> None:
     """``sums[i] += sum over h of weights[h] * df/dx(b_i + alphas[h] (x_i - b_i))`` for i in `images`."""
     scaled = torch.is_autocast_enabled(sums.device.type)
-    alpha = torch.as_tensor(alphas, dtype=sums.dtype)
-    weight = torch.as_tensor(weights, dtype=sums.dtype)
-    n_pairs = len(images) * len(alphas)
-    for start in range(0, n_pairs, batch_size):
-        batch = torch.arange(start, min(start + batch_size, n_pairs))
-        of = images[batch // len(alphas)]
-        step = batch % len(alphas)
-        on_device = of.to(sums.device)
-        fraction = alpha[step].to(sums.device)[:, None, None, None]
-        points = baselines[on_device] + fraction * difference[on_device]  # (pair, channel, y, x)
-        gradients = _gradient(network, points, targets[on_device], output, scaled)
-        gradients = gradients * weight[step].to(sums.device)[:, None, None, None]
-        # pairs are in image order: sums over runs are deterministic on every device, index_add_ on CUDA is not
-        for image in of.unique():  # type: ignore[no-untyped-call]
-            sums[image] += gradients[of == image].sum(dim=0)
+    m, dtype, device = len(alphas), sums.dtype, sums.device
+    # (pair,), in the order of images; on the device at once, so that nothing in the loop waits for it
+    image = torch.tensor(images, device=device).repeat_interleave(m)
+    alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
+    weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
+    for start in range(0, len(image), batch_size):
+        stop = min(start + batch_size, len(image))
+        of = image[start:stop]
+        points = baselines[of] + alpha[start:stop] * difference[of]  # (pair, channel, y, x)
+        gradients = _gradient(network, points, targets[of], output, scaled) * weight[start:stop]
+        # one sum an image is deterministic on every device; index_add_ on CUDA is not
+        for place in range(start // m, (stop - 1) // m + 1):
+            first, last = max(start, place * m), min(stop, (place + 1) * m)
+            sums[images[place]] += gradients[first - start : last - start].sum(dim=0)
 
 
-def to_float16(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """Maps as float16 with a power-of-two scale per image, so that their size does not decide their precision.
 
     Parameters

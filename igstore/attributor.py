@@ -17,7 +17,8 @@ from igstore.attribution import integrated_gradients, logits, numerics, to_float
 from igstore.baselines import baseline_pixels
 from igstore.errors import UserError
 from igstore.memory import available_memory, gradient_bytes
-from igstore.models import Classifier, normalise
+from igstore.models import Classifier
+from igstore.normalisation import normalise
 from igstore.schema import BUILT, FAILED, BuildSpec
 
 Arrays = dict[str, NDArray[Any]]

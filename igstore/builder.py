@@ -23,6 +23,7 @@ from igstore import cli, layout, provenance, staging
 from igstore.attribution import check_precision
 from igstore.attributor import Arrays, Attributor
 from igstore.decoding import Decoder, Job
+from igstore.devices import find_device
 from igstore.errors import SettingsMismatchError, UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
@@ -84,7 +85,7 @@ def plan_build(
     if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
         raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
-    on = _device(device)
+    on = find_device(device)
     check_precision(spec.precision, on)
     return Build(classifier, listed, len(chosen), spec, Path(store), on)
 
@@ -107,21 +108,6 @@ def _classifier(
         width, height = images.read(0).size
         preprocessing = Preprocessing(resize=None, crop=(height, width), mean=(0, 0, 0), std=(1, 1, 1))
     return classifier_from_module(model, preprocessing=preprocessing)
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise UserError(f"device is {name!r}, but this machine has {available} CUDA devices that torch can use")
-    return device
 
 
 def run_build(

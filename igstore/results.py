@@ -156,8 +156,9 @@ def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
     n = int(labelled.sum())
     correct = (shown.prediction == shown.labels)[:, labelled]  # (1 + cell, image)
     top1, top5, visible = (
-        100 * flags.mean(axis=1) for flags in (correct, shown.in_top5[:, labelled], shown.visible[:, labelled])
-    )
+        (100 * flags.sum(axis=1) / n).tolist()
+        for flags in (correct, shown.in_top5[:, labelled], shown.visible[:, labelled])
+    )  # percent, (1 + cell,)
     intervals = [[100 * bound for bound in wilson_interval(int(right.sum()), n)] for right in correct]
     places = {cell: place for place, cell in enumerate(cells, start=1)}
     rows = []
@@ -174,15 +175,15 @@ def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
                 **dataclasses.asdict(cell),
                 n=n,
                 correct=int(correct[place].sum()),
-                top1=float(top1[place]),
+                top1=top1[place],
                 low=intervals[place][0],
                 high=intervals[place][1],
-                top5=float(top5[place]),
-                original_top1=float(top1[0]),
+                top5=top5[place],
+                original_top1=top1[0],
                 original_low=intervals[0][0],
                 original_high=intervals[0][1],
-                original_top5=float(top5[0]),
-                visible=float(visible[place]),
+                original_top5=top5[0],
+                visible=visible[place],
                 only_this=only_this,
                 only_opposite=only_opposite,
                 mcnemar_p=p_value,

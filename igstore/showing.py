@@ -52,7 +52,7 @@ class ShowingPlan:
     Raises
     ------
     UserError
-        No image has a label, or as `MaskedBatches`.
+        No image has a label, `limit` or `batch_size` is below 1, or as `MaskedBatches`.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class ShowingPlan:
         batch_size: int | None,
         device: torch.device,
     ) -> None:
+        if limit is not None and limit < 1:
+            raise UserError(f"limit is {limit}; it must be at least 1 image")
         self.store = store
         self.classifiers = classifiers
         self.cells = cells
@@ -78,7 +80,7 @@ class ShowingPlan:
             images=images,
             where=np.isin(np.arange(store.n_images), self.images),
             device=device,
-            batch_size=batch_size or _BATCH[device.type],
+            batch_size=_BATCH[device.type] if batch_size is None else batch_size,
         )
         self.labels = store.scalars("label")[self.images]
         if (self.labels == UNKNOWN_LABEL).all():
@@ -154,7 +156,7 @@ def _scores(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
     try:
         return logits(network, inputs.contiguous(memory_format=torch.channels_last), len(inputs)).float()
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller --batch-size") from error
+        raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller batch size") from error
 
 
 def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -> Pairing:

@@ -25,8 +25,8 @@ class Table:
 
     Attributes
     ----------
-    title
-        What it shows.
+    title, note
+        What it shows, and how that came about.
     header
         The columns' names. The first column is aligned left, the others right.
     groups
@@ -34,6 +34,7 @@ class Table:
     """
 
     title: str
+    note: str
     header: Line
     groups: tuple[tuple[Line, ...], ...]
 
@@ -43,13 +44,14 @@ class Table:
         for first, *others in self.groups:
             lines += [first, *((f"  {name}", *cells) for name, *cells in others)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join([textwrap.fill(self.title, WIDTH), "", *(_aligned(line, widths) for line in lines)])
+        above = [textwrap.fill(words, WIDTH) for words in (self.title, self.note)]
+        return "\n".join([*above, "", *(_aligned(line, widths) for line in lines)])
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown, under its title."""
+        """The table in GitHub's Markdown, under its title and note."""
         rule = ("---", *["---:"] * (len(self.header) - 1))
         lines = [self.header, rule, *(line for group in self.groups for line in group)]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+        return "\n".join([f"**{self.title}**", "", self.note, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _aligned(line: Line, widths: Sequence[int]) -> str:
@@ -92,7 +94,7 @@ def _by_p(title: str, masks: str, rows: Sequence[Row]) -> Table:
         )
 
     groups = tuple(lines(label, of_label) for label, of_label in grouped(rows, labeller(rows)).items())
-    return Table(f"{title}, of {_images(rows)}. {masks}", ("model", "unmasked", *(f"p={p:g}" for p in every_p)), groups)
+    return Table(f"{title}, {images_of(rows)}", masks, ("model", "unmasked", *(f"p={p:g}" for p in every_p)), groups)
 
 
 def _top_against_bottom(masks: str, rows: Sequence[Row]) -> Table:
@@ -112,7 +114,7 @@ def _top_against_bottom(masks: str, rows: Sequence[Row]) -> Table:
         )
     title = f"Table 3. Top-1 accuracy (%) of the important against the unimportant pixels at p={p:g}"
     header = ("model", f"top {p:g}%", f"bottom {p:g}%", "right top only", "right bottom only", "McNemar's p")
-    return Table(f"{title}, of {_images(rows)}. {masks}", header, tuple(groups))
+    return Table(f"{title}, {images_of(rows)}", masks, header, tuple(groups))
 
 
 def masks_of(row: Row) -> str:
@@ -167,6 +169,7 @@ def _probability(p: float | None) -> str:
     return "" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
-def _images(rows: Sequence[Row]) -> str:
+def images_of(rows: Sequence[Row]) -> str:
+    """How many images the rows are of, in words."""
     counts = sorted({row.n for row in rows})
     return f"{counts[0]} images" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} images"

@@ -13,7 +13,8 @@ from igstore.attributor import Attributor
 from igstore.blocks import block_ranks, block_shares, block_sums, expand
 from igstore.errors import UserError
 from igstore.masks import visible_blocks
-from igstore.models import load_classifier, normalise
+from igstore.models import load_classifier
+from igstore.normalisation import normalise
 from igstore.schema import BuildSpec
 
 N_STEPS = 4

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
 from igstore.normalisation import normalisation_table
+from igstore.pixels import resize
 from igstore.reader import StoreReader
 from igstore.schema import Preprocessing
 
-Size = tuple[int, int]  # height, width
 Tensors = dict[tuple[Any, ...], Tensor]  # what a batch is made of, by kind and by what else it depends on
 
 
@@ -107,9 +106,9 @@ class MaskedBatches:
     def _load(self, images: Images) -> Tensors:
         """Everything that the cells need of these images, on the CPU, each thing once."""
         tensors: Tensors = {}
-        pixels = torch.from_numpy(self._source.pixels(images))
+        pixels = self._source.pixels(images)
         for size in {network.crop for network in self._networks}:
-            tensors["pixels", size] = _resize(pixels, size)
+            tensors["pixels", size] = torch.from_numpy(resize(pixels, size))
         for cell in self._cells:
             if ("rank", cell.ranking) not in tensors:
                 rank, share = self._source.ranks(images, cell)
@@ -235,9 +234,3 @@ def nearest(length: int, wanted: int) -> NDArray[np.int64]:
     """For each of `wanted` pixels, which of `length` pixels of the same picture its centre falls into."""
     return (2 * np.arange(wanted) + 1) * length // (2 * wanted)
 
-
-def _resize(pixels: Tensor, size: Size) -> Tensor:
-    """uint8 (image, channel, y, x) at another size: as Pillow's bilinear filter does it."""
-    if pixels.shape[2:] == size:
-        return pixels
-    return interpolate(pixels, size, mode="bilinear", antialias=True)

@@ -51,7 +51,7 @@ def evaluate(
     stores: Store | Sequence[Store],
     *,
     models: Sequence[str | Classifier] | None = None,
-    weights: str | Sequence[str] | None = None,
+    weights: str | Sequence[str | None] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     keep: Keep | Sequence[Keep] = ("top", "bottom"),
     select: Select | Sequence[Select] = "mass",
@@ -77,8 +77,8 @@ def evaluate(
         Who is shown the images: names as `load_classifier` takes them, or `Classifier`s. None is each store's own
         model, loaded by the name and weights that it records.
     weights
-        As `load_classifier` takes them, for the models given by name, else for the stores' own: one for each, or one
-        for all.
+        As `load_classifier` takes them (None is a model's default), for the models given by name, or for the stores'
+        own: one for each, or one for all.
     p, keep, select, score, block, fill, order
         As `MaskOptions`; several values make the cross product.
     seed
@@ -155,7 +155,7 @@ def _check_labels(stores: Sequence[StoreReader]) -> None:
 
 
 def _classifiers(
-    stores: Sequence[StoreReader], models: Sequence[str | Classifier] | None, weights: str | Sequence[str] | None
+    stores: Sequence[StoreReader], models: Sequence[str | Classifier] | None, weights: str | Sequence[str | None] | None
 ) -> list[list[Classifier]]:
     """For each store, the classifiers that its images are shown to."""
     if models is None:
@@ -171,9 +171,11 @@ def _classifiers(
     return [shown_to] * len(stores)
 
 
-def _one_each(weights: str | Sequence[str] | None, n_models: int) -> Sequence[str | None]:
-    if weights is None or isinstance(weights, str) or len(weights) == 1:
-        return [weights if weights is None or isinstance(weights, str) else weights[0]] * n_models
+def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:
+    if weights is None or isinstance(weights, str):
+        return [weights] * n_models
+    if len(weights) == 1:
+        return list(weights) * n_models
     if len(weights) != n_models:
         raise UserError(
             f"there are {len(weights)} weights for {n_models} models by name; give one for each, or one for all"

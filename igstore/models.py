@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 import torchvision.models
-from torch import Tensor, nn
+from torch import nn
 
 from igstore.errors import ModelError, UserError, WeightsNotFoundError
+from igstore.normalisation import normalise
 from igstore.schema import Interpolation, Preprocessing
 from igstore.weights import first_line, load_weights, state_sha256, torch_checkpoint
 
@@ -57,26 +58,6 @@ class Classifier:
     preprocessing: Preprocessing
     weights: str
     weights_sha256: str
-
-
-def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """``(pixels / 255 - mean) / std``, channel by channel: what a network is fed.
-
-    Parameters
-    ----------
-    pixels
-        (..., 3, y, x), from 0 to 255, uint8 or floating.
-
-    Returns
-    -------
-    Same shape and device; float32, or the dtype of floating pixels.
-    """
-    dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
-    mean, std = (
-        torch.tensor(values, dtype=dtype, device=pixels.device).view(3, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    return (pixels.to(dtype) / 255 - mean) / std
 
 
 def load_classifier(

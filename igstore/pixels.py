@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from igstore.errors import ImageError, SettingsMismatchError, UserError
 from igstore.images import ImageList, as_image_list, find_images, prepare
@@ -102,6 +103,20 @@ def open_pixels(store: StoreReader, images: Path | ImageList | None) -> PixelSou
             )
     _check_all_there(np.setdiff1d(built, np.flatnonzero(other.status == BUILT)), str(other.root))
     return other.array("pixels")
+
+
+def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Pixels (image, channel, y, x) at another (height, width), by Pillow's bilinear filter, which antialiases.
+
+    It works in integers, so every machine gives the same; torch's own filter differs by 1 here and there.
+    """
+    if pixels.shape[2:] == size:
+        return pixels
+    resized = np.empty((*pixels.shape[:2], *size), np.uint8)
+    for image, out in zip(pixels, resized, strict=True):
+        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        out[...] = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    return resized
 
 
 def _check_same_list(store: StoreReader, given: str, fingerprint: str) -> None:

@@ -1,13 +1,16 @@
-"""The only writer of Zarr: make a store, make it larger, write a shard and its record, finish it.
+"""The only writer of Zarr: make a store, make it larger, put it right, write a shard and its record, finish it.
 
 A shard is written array by array, each file whole and atomically, and then its record; a shard without its record does
 not exist. Every write covers whole shards: anything else, by two writers of one shard, would silently lose data.
+Metadata and lists of images are written by one function that leaves alone what is right already, so that to make, to
+extend and to repair a store is the same work, and doing it twice is harmless.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +20,9 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.buffer import cpu
 from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore
 
 from igstore import files, layout
 from igstore.blocks import block_grid
@@ -26,6 +31,8 @@ from igstore.reader import StoreReader
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_ROOT = "zarr.json"
 
 
 def create_store(
@@ -58,17 +65,13 @@ def create_store(
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StoreExistsError(f"{path} exists and is not a store of igstore's; give another --store, or remove it")
-    making = path.with_name(f".{path.name}.{os.getpid()}{files.PARTIAL}")
+    making = path.with_name(f".{path.name}.{uuid.uuid4().hex}{files.PARTIAL}")
     try:
-        making.parent.mkdir(parents=True, exist_ok=True)
-        root = zarr.create_group(making, overwrite=True, attributes={**spec.to_attributes(), **attributes})
-        for name, variable in layout.variables(spec).items():
-            _create_array(root, name, variable, layout.sizes(spec), len(image_ids), spec.shard_size)
-        _list_images(root, image_ids, labels, first=0)
-        root.attrs["n_images"] = len(image_ids)
-        consolidate(making)
+        lay_out_store(making, spec, image_ids=image_ids, labels=labels, attributes=attributes)
         making.replace(path)
     except OSError as error:
+        if (path / _ROOT).exists():
+            return  # another process was quicker
         raise UserError(f"the store cannot be made at {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -85,16 +88,35 @@ def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int
         All images, old and new.
     """
     store = StoreReader(path)
-    root = _open(path)
     # the record of a shard that is short now and will not be must go first
     if store.n_images % store.shard_size:
         (path / layout.record_file(store.n_shards - 1)).unlink(missing_ok=True)
-    for name in layout.variables(store.spec):
-        array = _array(root, name)
-        array.resize((len(image_ids), *array.shape[1:]))
-    _list_images(root, image_ids, labels, first=store.n_images - store.n_images % store.shard_size)
-    # readers go by this number, so it comes last; until then the arrays are only longer than it says
-    root.attrs["n_images"] = len(image_ids)
+    attributes = {**store.attributes, "complete": False}
+    lay_out_store(path, store.spec, image_ids=image_ids, labels=labels, attributes=attributes)
+
+
+def lay_out_store(
+    path: Path,
+    spec: BuildSpec,
+    *,
+    image_ids: Sequence[str],
+    labels: NDArray[np.int16],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Write those metadata and lists of images that are not there or not right; parameters as `create_store`."""
+    documents = metadata(spec, len(image_ids), attributes)
+    root = documents.pop(_ROOT)
+    _write_documents(path, documents)
+    for name, values in (("image_id", np.array(image_ids, np.dtypes.StringDType())), ("label", labels)):
+        array = zarr.open_array(path / name, mode="r+").with_config({"write_empty_chunks": True})
+        for shard in range(layout.shard_count(len(image_ids), spec.shard_size)):
+            of_shard = slice(*layout.shard_bounds(shard, len(image_ids), spec.shard_size))
+            file = path / layout.shard_file(name, shard, 1)
+            if not _holds(file, array, of_shard, values[of_shard]):
+                file.unlink(missing_ok=True)  # zarr would read what it overwrites in part
+                array[of_shard] = values[of_shard]
+    # readers go by the root's number of images, so it comes last; until then the arrays are only longer than it says
+    _write_documents(path, {_ROOT: root})
     consolidate(path)
 
 
@@ -110,18 +132,18 @@ def write_shard(path: Path, spec: BuildSpec, n_images: int, shard: int, arrays: 
     arrays
         Every variable of `layout.variables` but `layout.LISTED`, each (images of the shard, ...).
     record
-        What to record besides the images and the files' checksums, which are added.
+        What to record besides the images, the settings and the files' checksums, which are added.
 
     Raises
     ------
     UserError
         An array is not exactly the shard's, in length, shape or dtype.
     StoreNotFoundError
-        The store is gone.
+        The store is gone, or another is in its place.
     """
-    bounds = layout.shard_bounds(shard, n_images, spec.shard_size)
-    variables = layout.variables(spec)
-    _write_pieces(path, "", variables, shard, bounds, arrays, path / layout.record_file(shard), record)
+    sizes = {**layout.sizes(spec), IMAGE: n_images}
+    record = {**record, "settings": spec.to_attributes()}
+    _write_pieces(path, spec, None, layout.variables(spec), sizes, shard, arrays, record)
 
 
 def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str, Any]) -> None:
@@ -139,16 +161,7 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
         JSON-ready attributes of the ranking's group.
     """
     store = StoreReader(path)
-    n_y, n_x = block_grid(*store.spec.preprocessing.crop, block)
-    group = _open(path).require_group(f"ranks/{name}")
-    for array_name, variable in layout.rank_variables(n_y * n_x).items():
-        if array_name not in group:
-            sizes = {BLOCK_Y: n_y, BLOCK_X: n_x}
-            _create_array(group, array_name, variable, sizes, store.n_images, store.shard_size)
-        array = _array(group, array_name)
-        if array.shape[0] != store.n_images:
-            array.resize((store.n_images, *array.shape[1:]))
-    group.attrs.update(dict(attributes))
+    _write_documents(path, ranking_metadata(store.spec, store.n_images, name, block=block, attributes=attributes))
     consolidate(path)
 
 
@@ -156,105 +169,152 @@ def write_rank_shard(
     path: Path, name: str, spec: BuildSpec, n_images: int, shard: int, arrays: Arrays, record: dict[str, Any]
 ) -> None:
     """Write one whole shard of the ranking `name` (``rank`` and ``share``), then its record; as `write_shard`."""
-    bounds = layout.shard_bounds(shard, n_images, spec.shard_size)
-    variables = layout.rank_variables(int(np.prod(arrays["rank"].shape[1:])))
-    _write_pieces(
-        path, f"ranks/{name}/", variables, shard, bounds, arrays, path / layout.record_file(shard, name), record
-    )
+    n_y, n_x = arrays["rank"].shape[1:]
+    sizes = {IMAGE: n_images, BLOCK_Y: n_y, BLOCK_X: n_x}
+    _write_pieces(path, spec, name, layout.rank_variables(n_y * n_x), sizes, shard, arrays, record)
 
 
 def finish_store(path: Path, attributes: Mapping[str, Any]) -> None:
     """Add attributes that are known at the end, and consolidate the metadata; doing it twice is harmless."""
-    _open(path).attrs.update(dict(attributes))
+    store = StoreReader(path)
+    root = metadata(store.spec, store.n_images, {**store.attributes, **attributes})[_ROOT]
+    _write_documents(path, {_ROOT: root})
     consolidate(path)
 
 
 def consolidate(path: Path) -> None:
     """Gather all metadata in the root's, which is where readers over HTTP look, since they cannot list."""
+    documents = {name: cpu.Buffer.from_bytes((path / name).read_bytes()) for name in metadata_files(path)}
     with warnings.catch_warnings():
-        # consolidation is not yet in the v3 standard, and `records` is not a node of the hierarchy: both are meant
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(path, zarr_format=3)
+        warnings.simplefilter("ignore", ZarrUserWarning)  # consolidation is not yet in the v3 standard
+        zarr.consolidate_metadata(MemoryStore(documents), zarr_format=3)
+    files.write_atomically(path / _ROOT, documents[_ROOT].to_bytes())
 
 
-def _open(path: Path) -> zarr.Group:
-    # consolidated metadata is a copy for readers; what it says of an array that has grown is old
-    return zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
+def metadata_files(path: Path) -> list[str]:
+    """The files that hold metadata in a store, relative to its root: of the root group first, then of what is in it."""
+    found = [file for pattern in ("*", "ranks/*", "ranks/*/*") for file in sorted(path.glob(f"{pattern}/zarr.json"))]
+    return [_ROOT, *(file.relative_to(path).as_posix() for file in found)]
 
 
-def _create_array(
-    group: zarr.Group, name: str, variable: layout.Variable, sizes: Mapping[str, int], n_images: int, shard_size: int
-) -> None:
-    inner = tuple(sizes[dim] for dim in variable.dims if dim != IMAGE)
-    group.create_array(
-        name,
-        shape=(n_images, *inner),
-        shards=(shard_size, *inner) if variable.is_sharded else None,
-        chunks=(1, *inner) if variable.is_sharded else (shard_size,),
-        dtype=variable.dtype,
-        fill_value=variable.fill_value,
-        compressors=None,
-        filters=None,
-        dimension_names=variable.dims,
-        attributes={"description": variable.description},
-        config={"write_empty_chunks": True},
-    )
+def metadata(spec: BuildSpec, n_images: int, attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """What the metadata of a store must say, not consolidated and without rankings: the contents of each file, by name.
+
+    Parameters
+    ----------
+    spec, n_images
+        The store's.
+    attributes
+        Of the root group, besides those that say `spec` and `n_images`.
+    """
+    root = files.sealed({**attributes, **spec.to_attributes(), "n_images": n_images})
+    sizes = {**layout.sizes(spec), IMAGE: n_images}
+    return _documents("", layout.variables(spec), sizes, spec.shard_size, root)
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise StoreNotFoundError(f"{group.store_path}/{name} is not an array")
-    # zarr leaves out all-zero chunks unless told otherwise, and a black image would break the run of bytes
-    return array.with_config({"write_empty_chunks": True})
+def ranking_metadata(
+    spec: BuildSpec, n_images: int, name: str, *, block: int, attributes: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """What the metadata of a ranking must say, as `metadata`; parameters as `create_ranking`."""
+    n_y, n_x = block_grid(*spec.preprocessing.crop, block)
+    sizes = {IMAGE: n_images, BLOCK_Y: n_y, BLOCK_X: n_x}
+    documents = _documents(f"ranks/{name}", layout.rank_variables(n_y * n_x), sizes, spec.shard_size, attributes)
+    del documents[_ROOT]
+    return documents
 
 
-def _list_images(root: zarr.Group, image_ids: Sequence[str], labels: NDArray[np.int16], *, first: int) -> None:
-    _array(root, "image_id")[first:] = np.array(image_ids[first:], dtype=np.dtypes.StringDType())
-    _array(root, "label")[first:] = labels[first:]
+def _documents(
+    group: str,
+    variables: Mapping[str, layout.Variable],
+    sizes: Mapping[str, int],
+    shard_size: int,
+    attributes: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """The ``zarr.json`` of a group, of those above it and of its arrays, by name of file; made in memory."""
+    memory: dict[str, cpu.Buffer] = {}
+    made = zarr.create_group(MemoryStore(memory), path=group, attributes=dict(attributes))
+    for name, variable in variables.items():
+        shape = tuple(sizes[dim] for dim in variable.dims)
+        made.create_array(
+            name,
+            shape=shape,
+            shards=(shard_size, *shape[1:]) if variable.is_sharded else None,
+            chunks=(1, *shape[1:]) if variable.is_sharded else (shard_size,),
+            dtype=variable.dtype,
+            fill_value=variable.fill_value,
+            compressors=None,
+            filters=None,
+            dimension_names=variable.dims,
+            attributes={"description": variable.description},
+        )
+    return {name: buffer.to_bytes() for name, buffer in memory.items()}
+
+
+def _write_documents(path: Path, documents: Mapping[str, bytes]) -> None:
+    """Write those files of metadata that do not say what they must."""
+    for name, content in documents.items():
+        if read_document(path / name) != json.loads(content):
+            files.write_atomically(path / name, content)
+
+
+def read_document(path: Path) -> Any:
+    """What a file of metadata says, the consolidated copy of others' apart; None where it is not there or not JSON."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(document, dict):
+        document.pop("consolidated_metadata", None)
+    return document
+
+
+def _holds(file: Path, array: zarr.Array[Any], images: slice, values: NDArray[Any]) -> bool:
+    """Whether a piece of an array is there, in a file of its own, and equals `values`."""
+    try:
+        return file.exists() and np.array_equal(np.asarray(array[images]), values)
+    except Exception:  # a damaged chunk makes zarr's codecs raise almost anything
+        return False
 
 
 def _write_pieces(
     path: Path,
-    prefix: str,
+    spec: BuildSpec,
+    ranking: str | None,
     variables: Mapping[str, layout.Variable],
+    sizes: Mapping[str, int],
     shard: int,
-    bounds: tuple[int, int],
     arrays: Arrays,
-    record_path: Path,
     record: dict[str, Any],
 ) -> None:
     written = {name: variable for name, variable in variables.items() if name not in layout.LISTED}
     if set(arrays) != set(written):
         raise UserError(f"a shard needs the arrays {sorted(written)}; it was given {sorted(arrays)}")
-    _check_there(path)
-    group = _open(path / prefix)
-    targets = {name: _array(group, name) for name in written}
-    first, last = bounds
-    for name, target in targets.items():
-        values, expected = arrays[name], (last - first, *target.shape[1:])
-        if values.shape != expected or values.dtype != target.dtype:
+    first, last = layout.shard_bounds(shard, sizes[IMAGE], spec.shard_size)
+    for name, variable in written.items():
+        values, expected = arrays[name], (last - first, *(sizes[dim] for dim in variable.dims[1:]))
+        if values.shape != expected or values.dtype != variable.dtype:
             raise UserError(
-                f"shard {shard} of {name} is {values.dtype} {values.shape}; it must be {target.dtype} {expected}: "
+                f"shard {shard} of {name} is {values.dtype} {values.shape}; it must be {variable.dtype} {expected}: "
                 "only whole shards are written"
             )
+    _check_there(path, spec, sizes[IMAGE])
+    record_path = path / layout.record_file(shard, ranking)
     record_path.unlink(missing_ok=True)  # from here to the end, the shard does not exist
-    for name, target in targets.items():
-        if target.shards:
-            file = path / layout.shard_file(prefix + name, shard, target.ndim)
-            files.write_atomically(file, *_raw_shard(arrays[name], target.shards[0]))
-        else:
-            target[first:last] = arrays[name]
     sums = {}
     for name, variable in variables.items():
-        file_name = layout.shard_file(prefix + name, shard, len(variable.dims))
-        files.flush(path / file_name)
+        file_name = layout.shard_file(f"ranks/{ranking}/{name}" if ranking else name, shard, len(variable.dims))
+        if name in layout.LISTED:
+            files.flush(path / file_name)
+        else:
+            make = _raw_shard if variable.is_sharded else _raw_chunk
+            files.write_atomically(path / file_name, *make(arrays[name], spec.shard_size, variable))
         sums[file_name] = files.checksum(path / file_name)
-    _check_there(path)
-    files.write_json(record_path, {"shard": shard, "images": [first, last], **record, "files": sums})
+    _check_there(path, spec, sizes[IMAGE])
+    content = {"shard": shard, "images": [first, last], **record, "files": sums}
+    files.write_json(record_path, files.sealed(content))
 
 
-def _raw_shard(values: NDArray[Any], shard_size: int) -> tuple[memoryview, bytes]:
+def _raw_shard(values: NDArray[Any], shard_size: int, variable: layout.Variable) -> tuple[memoryview, bytes]:
     """What Zarr's sharding codec makes of uncompressed images (image, ...), in a tenth of its time.
 
     The images' bytes one after the other, then the index: an offset and a length for each, all ones for those that a
@@ -269,6 +329,23 @@ def _raw_shard(values: NDArray[Any], shard_size: int) -> tuple[memoryview, bytes
     return values.data, index + google_crc32c.value(index).to_bytes(4, "little")
 
 
-def _check_there(path: Path) -> None:
-    if not (path / "zarr.json").exists():
-        raise StoreNotFoundError(f"{path} is gone: it was deleted or moved while it was being written; start again")
+def _raw_chunk(values: NDArray[Any], shard_size: int, variable: layout.Variable) -> tuple[bytes]:
+    """What Zarr makes of one uncompressed chunk of scalars (image,): as long as every other, filled up at the end."""
+    chunk = np.full(shard_size, variable.fill_value, values.dtype.newbyteorder("<"))
+    chunk[: len(values)] = values
+    return (chunk.tobytes(),)
+
+
+def _check_there(path: Path, spec: BuildSpec, n_images: int) -> None:
+    """Raise unless the store at `path` is still the one that is being written."""
+    try:
+        store = StoreReader(path)
+    except StoreNotFoundError:
+        raise StoreNotFoundError(
+            f"{path} is gone: it was deleted or moved while it was being written; start again"
+        ) from None
+    if store.spec != spec or store.n_images != n_images:
+        raise StoreNotFoundError(
+            f"{path} is not the store that was being written: another process has replaced or extended it; "
+            "run the same command again to go on with what is there"
+        )

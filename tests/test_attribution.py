@@ -213,12 +213,19 @@ def test_precisions_of_other_devices_are_refused():
 
 
 def test_numerics_leaves_the_global_settings_as_they_were():
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic
-    with pytest.raises(ZeroDivisionError), numerics("float32", torch.device("cpu")):
-        assert not torch.backends.cudnn.allow_tf32
-        raise ZeroDivisionError
-    after = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic
-    assert before == after
+    def settings() -> tuple[bool, bool, bool]:
+        cudnn = torch.backends.cudnn
+        return cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.deterministic
+
+    def fail_inside() -> None:
+        with numerics("float32", torch.device("cpu")):
+            assert settings() == (False, False, True)
+            raise ZeroDivisionError
+
+    before = settings()
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert settings() == before == (True, False, False)
 
 
 class Wrong(nn.Module):

@@ -174,7 +174,7 @@ def test_siblings_share_the_open_store(store: Path, monkeypatch: pytest.MonkeyPa
     assert data.options.p == 50
     with pytest.raises(UserError, match="p is 130"):
         data.with_mask(p=130)
-    with pytest.raises(StoreNotFoundError, match="igstore rank .* --score signed --block 3"):
+    with pytest.raises(StoreNotFoundError, match=r"igstore rank .* --score signed --block 3"):
         data.with_mask(score="signed")
     with pytest.raises(TypeError, match="colour"):
         data.with_mask(colour="pink")
@@ -191,12 +191,11 @@ def test_normalisation_is_torchvisions_for_every_pixel_value() -> None:
         expected = Compose([ToTensor(), Normalize(mean, std)])(Image.fromarray(picture))
         pixels = torch.from_numpy(picture.transpose(2, 0, 1).copy())
         assert_same([normalise(pixels, preprocessing)], [expected])
-        looked_up = [row[channel.long()] for row, channel in zip(normalisation_table(preprocessing), pixels, strict=True)]
-        assert_same(looked_up, expected)
-        assert_same([normalise(pixels.double(), preprocessing)], [normalise(pixels, preprocessing).double()][:0] or [
-            (pixels.double() / 255 - torch.tensor(mean, dtype=torch.float64)[:, None, None])
-            / torch.tensor(std, dtype=torch.float64)[:, None, None]
-        ])
+        table = normalisation_table(preprocessing)
+        assert_same([row[channel.long()] for row, channel in zip(table, pixels, strict=True)], expected)
+        assert_same([normalise(pixels.float(), preprocessing)], [expected])
+        exact = (picture.transpose(2, 0, 1) / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+        torch.testing.assert_close(normalise(pixels.double(), preprocessing), torch.from_numpy(exact))
 
 
 def test_a_transform_receives_masked_pixels(store: Path) -> None:
@@ -303,7 +302,7 @@ def test_mistakes_are_told_at_once(store: Path, tmp_path: Path) -> None:
         MaskedImageNet(store, keep="left")
     with pytest.raises(StoreNotFoundError, match="igstore build"):
         MaskedImageNet(tmp_path / "missing.zarr")
-    with pytest.raises(StoreNotFoundError, match=r"no ranking positive-7 .* igstore rank .* --score positive --block 7"):
+    with pytest.raises(StoreNotFoundError, match=r"no ranking positive-7 .*igstore rank .* --block 7"):
         MaskedImageNet(store, block=7)
     zarr.create_group(tmp_path / "foreign.zarr")
     with pytest.raises(SettingsMismatchError, match="not a store made by igstore"):

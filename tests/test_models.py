@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from igstore.errors import UserError, WeightsNotFoundError
 from igstore.images import prepare
-from igstore.models import Classifier, classifier_from_module, load_classifier, normalise, torchvision_names
+from igstore.models import Classifier, classifier_from_module, load_classifier, torchvision_names
+from igstore.normalisation import normalise
 from igstore.schema import Preprocessing
 from igstore.weights import state_sha256
 

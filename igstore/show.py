@@ -1,0 +1,323 @@
+"""`igstore show`: a picture of what the masks do to some images, as in the article's Figures 3 to 5. Needs no torch."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from igstore import cli, files
+from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
+from igstore.errors import UserError
+from igstore.masking import Images, MaskedImages, MaskOptions
+from igstore.masks import FILLS, SELECTIONS
+from igstore.reader import StoreReader
+from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
+
+Rgb = NDArray[np.uint8]  # (y, x, 3)
+
+_FEW = 4  # images of a picture, where none are asked for
+_KEEPS: tuple[Keep, Keep] = ("top", "bottom")  # one row of panels each
+
+# Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
+FOR_TARGET, AGAINST_TARGET = (213, 94, 0), (0, 114, 178)
+_FULL_COLOUR = 0.99  # this quantile of an image's absolute values and all above it get the full colour
+
+# pixels of the picture
+_PANEL = 200  # panels are at least so wide and high: small images are enlarged by a whole number
+_MARGIN, _GAP = 24, 8
+_TITLE, _TEXT = 20, 14  # height of letters
+_TITLE_ROW, _TEXT_ROW = 30, 22
+_INK, _FAINT, _PAPER = (20, 20, 20), (95, 95, 95), (255, 255, 255)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A picture (y, x, 3) and what is written above it."""
+
+    caption: str
+    pixels: Rgb
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """One image: two lines about it, and a row of panels for each side of the cut."""
+
+    title: str
+    subtitle: str
+    rows: tuple[Sequence[Panel], Sequence[Panel]]
+
+
+def show_store(
+    store: str | os.PathLike[str] | StoreReader,
+    image: Sequence[str] | None = None,
+    p: float | Sequence[float] = (90, 70, 50, 30),
+    *,
+    select: Select = "mass",
+    score: Score = "positive",
+    block: int = DEFAULT_BLOCK,
+    fill: Fill = "black",
+    order: Order = "attribution",
+    seed: int = 0,
+    images: Any = None,
+) -> Image.Image:
+    """A picture of some images of a store: as they are, their attributions, and for each p what either side shows.
+
+    Parameters
+    ----------
+    store
+        Its path, or a reader of it.
+    image
+        The ids of the images to show, in this order; None is four, evenly spread over those that are built.
+    p
+        One percentage or several, from left to right.
+    select, score, block, fill, order, seed
+        As `MaskOptions`.
+    images
+        Where the pixels are, for a store without; as `masked_view`.
+
+    Returns
+    -------
+    An RGB picture. Every panel has the size of the store's pixels, times a whole number where those are small.
+
+    Raises
+    ------
+    UserError
+        There is no such image, or it is not built, or as `masked_view`.
+    """
+    every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
+    if not every_p:
+        raise UserError("p is empty; give a number from 0 to 100, or several")
+    options = {"select": select, "score": score, "block": block, "fill": fill, "order": order, "seed": seed}
+    cells = {keep: [MaskOptions(p=one, keep=keep, **options) for one in every_p] for keep in _KEEPS}  # type: ignore[arg-type]
+    source = MaskedImages(store, images)
+    source.check(cells["top"][0])  # cells differ in p and keep alone
+    source.check_pixels()
+    chosen = _spread(source.built, _FEW) if image is None else _find(source, image)
+    return _draw([_strip(source, one, cells) for one in chosen], _notes(source.reader, cells["top"][0]))
+
+
+def _spread(images: Images, n: int) -> Images:
+    """At most `n` of `images`, evenly spread, the first and the last among them."""
+    return images[np.unique(np.linspace(0, len(images) - 1, n).round().astype(int))]
+
+
+def _find(source: MaskedImages, ids: Sequence[str]) -> Images:
+    if isinstance(ids, str):
+        raise UserError(f"image is {ids!r}; give a list of ids: [{ids!r}]")
+    if not ids:
+        raise UserError("image is empty; give at least one id, or leave it out")
+    store = source.reader
+    numbers = {name: number for number, name in enumerate(store.image_ids)}
+    for name in ids:
+        if name not in numbers:
+            close = [known for known in numbers if name in known][:5] or get_close_matches(name, numbers, 5)
+            near = f"; is it {', '.join(close)}?" if close else f"; the first one is {store.image_ids[0]}"
+            raise UserError(f"{source.path} has no image {name!r}{near}")
+        if store.status[numbers[name]] != BUILT:
+            why = store.failed.get(name, "run `igstore build` with the store's settings to go on")
+            raise UserError(f"image {name} of {source.path} is not built: {why}")
+    return np.array([numbers[name] for name in ids])
+
+
+# What is shown of an image
+
+
+def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
+    """An attribution as colours: vermillion where it speaks for the target, blue where it speaks against it.
+
+    Parameters
+    ----------
+    attribution
+        (y, x) or (channel, y, x), finite, at any scale.
+    block
+        Side in pixels of the squares that it is summed over.
+
+    Returns
+    -------
+    uint8 (y, x, 3): white at 0, and from the 99th percentile of the absolute values the full colour.
+    """
+    sums = block_sums(attribution[np.newaxis], block, "signed")[0]  # (block_y, block_x)
+    strength = np.abs(sums)
+    full = np.quantile(strength, _FULL_COLOUR) or strength.max() or 1.0
+    strength = np.minimum(strength / full, 1.0)[..., np.newaxis]
+    colour = np.where(sums[..., np.newaxis] > 0, FOR_TARGET, AGAINST_TARGET)
+    blocks = np.rint(255 + (colour - 255) * strength).astype(np.uint8).transpose(2, 0, 1)  # (3, block_y, block_x)
+    return expand(blocks, *attribution.shape[-2:], block).transpose(1, 2, 0)
+
+
+def _strip(source: MaskedImages, image: int, cells: dict[Keep, list[MaskOptions]]) -> Strip:
+    one = np.array([image])
+    attribution = source.reader.array("attribution").read(one)[0]  # (y, x) or (channel, y, x)
+    leading = {
+        "top": Panel("original", source.pixels(one)[0].transpose(1, 2, 0)),
+        "bottom": Panel("attribution", heat_map(attribution, cells["top"][0].block)),
+    }
+    rows = []
+    for keep in _KEEPS:
+        row = [leading[keep]]
+        for cell in cells[keep]:
+            pixels, visible = source.masked(one, cell)
+            caption = f"{keep}, p={cell.p:g}: {_percent(visible[0].mean())} visible"
+            row.append(Panel(caption, pixels[0].transpose(1, 2, 0)))
+        rows.append(row)
+    return Strip(source.ids(one)[0], _classes(source, image), (rows[0], rows[1]))
+
+
+def _classes(source: MaskedImages, image: int) -> str:
+    label, predicted, target = (
+        int(source.reader.scalars(name)[image]) for name in ("label", "prediction", "target")
+    )
+    names, _ = source.class_lists()
+
+    def name(index: int) -> str:
+        return names[index] if 0 <= index < len(names) else f"class {index}"
+
+    verdict = "" if label < 0 else " (right)" if predicted == label else " (wrong)"
+    parts = [
+        "no label" if label < 0 else f"label: {name(label)}",
+        f"predicted, unmasked: {name(predicted)}{verdict}",
+    ]
+    if target not in (label, predicted):
+        parts.append(f"attributed: {name(target)}")
+    elif label != predicted:
+        parts.append(f"attributed: the {'label' if target == label else 'prediction'}")
+    return "   ".join(parts)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _notes(store: StoreReader, cell: MaskOptions) -> list[str]:
+    spec = store.spec
+    rule = {
+        "mass": f"the fewest {cell.block}x{cell.block} blocks that hold p% of the image's {cell.score} attribution",
+        "count": f"the p% of {cell.block}x{cell.block} blocks with the most {cell.score} attribution",
+    }[cell.select]
+    if cell.order == "random":
+        rule = f"the control: as many random blocks as {rule} are"
+    return [
+        f"top shows {rule}; bottom shows the rest. What is hidden is filled with {cell.fill.replace('_', ' ')}.",
+        "Attribution: vermillion speaks for the attributed class, blue against it; "
+        f"sums over blocks, full colour from the image's {100 * _FULL_COLOUR:.0f}th percentile.",
+        f"{spec.model}, weights {spec.weights}; Integrated Gradients by {spec.method}, {spec.n_steps} steps, "
+        f"baseline {spec.baseline}, of the {spec.target}'s {spec.output}.",
+    ]
+
+
+# How it is drawn
+
+
+def _draw(strips: Sequence[Strip], notes: Sequence[str]) -> Image.Image:
+    height, width, _ = strips[0].rows[0][0].pixels.shape
+    zoom = max(1, -(-_PANEL // min(height, width)))
+    height, width = zoom * height, zoom * width
+    columns = len(strips[0].rows[0])
+    inner = columns * width + (columns - 1) * _GAP
+    strip_height = _TITLE_ROW + _TEXT_ROW + 2 * (_TEXT_ROW + height + _GAP)
+    text, title = ImageFont.load_default(_TEXT), ImageFont.load_default(_TITLE)
+    lines = [line for note in notes for line in _wrap(note, text, inner)]
+    size = (
+        2 * _MARGIN + inner,
+        2 * _MARGIN + len(strips) * (strip_height + _MARGIN) + len(lines) * _TEXT_ROW,
+    )
+    canvas = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    y = _MARGIN
+    for strip in strips:
+        draw.text((_MARGIN, y), _fit(strip.title, title, inner), _INK, title)
+        y += _TITLE_ROW
+        draw.text((_MARGIN, y), _fit(strip.subtitle, text, inner), _INK, text)
+        y += _TEXT_ROW + _GAP // 2
+        for row in strip.rows:
+            for column, panel in enumerate(row):
+                x = _MARGIN + column * (width + _GAP)
+                draw.text((x, y), _fit(panel.caption, text, width), _FAINT, text)
+                picture = Image.fromarray(panel.pixels).resize((width, height), Image.Resampling.NEAREST)
+                canvas.paste(picture, (x, y + _TEXT_ROW))
+            y += _TEXT_ROW + height + _GAP
+        y += _MARGIN - _GAP // 2
+    for line in lines:
+        draw.text((_MARGIN, y), line, _FAINT, text)
+        y += _TEXT_ROW
+    return canvas
+
+
+def _printable(line: str) -> str:
+    # line breaks, above all, which Pillow measures and draws as such
+    return "".join(letter if letter.isprintable() else " " for letter in line)
+
+
+def _fit(line: str, font: Any, width: int) -> str:
+    """`line`, cut where it would be wider than `width` pixels."""
+    line = _printable(line)
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"
+
+
+def _wrap(note: str, font: Any, width: int) -> list[str]:
+    lines = [""]
+    for word in _printable(note).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_fit(line, font, width) for line in lines if line]
+
+
+# The command
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser("show", "Draw what the masks do to some images: what is kept, and what is left, for each p.")
+    parser.add_argument("store", metavar="STORE", help="a ranked store")
+    parser.add_argument("--image", nargs="+", metavar="ID", help="these images; default: a few, evenly spread")
+    parser.add_argument("--p", nargs="+", type=float, default=[90, 70, 50, 30], help="percentages, 0 to 100")
+    parser.add_argument("--select", default="mass", choices=list(SELECTIONS), help="what p is a percentage of")
+    parser.add_argument("--score", default="positive", choices=list(SCORES), help="the ranking to use")
+    parser.add_argument("--block", type=cli.positive, default=DEFAULT_BLOCK, help="side in pixels")
+    parser.add_argument("--fill", default="black", choices=list(FILLS), help="what a hidden pixel becomes")
+    parser.add_argument(
+        "--order",
+        default="attribution",
+        choices=cli.choices_of(Order),
+        help="random is the control: as many blocks, in a random order",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random order and of the noise")
+    parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    parser.add_argument("--out", metavar="PNG", default="show.png", help="the picture to write")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore show STORE``."""
+    options = vars(_parser().parse_args(argv))
+    out = Path(options.pop("out"))
+    if out.suffix.lower() != ".png":
+        raise UserError(f"out is {out}; it must be a PNG file: {out.with_suffix('.png')}")
+    picture = show_store(**options)
+    data = io.BytesIO()
+    picture.save(data, "png")
+    try:
+        files.write_atomically(out, data.getbuffer())
+    except OSError as error:
+        raise UserError(f"the picture cannot be written to {out}: {error.strerror or error}") from error
+    cli.say(f"{out}: {picture.width}x{picture.height} pixels")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

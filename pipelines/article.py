@@ -1,0 +1,189 @@
+"""The article's study: four models on masked ImageNet, their accuracies beside the published ones.
+
+Each model is attributed and shown its own masked images. Then the experiment as the article seems to have done it:
+masks by DenseNet-121 alone, from a noise baseline, shown to all four. Run the same command again after any
+interruption: stores go on where they stopped, and evaluations that are complete are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from igstore import cli, files
+from igstore.build import build_store
+from igstore.errors import UserError
+from igstore.evaluate import evaluate
+from igstore.images import ImageList, find_images
+from igstore.info import StoreInfo
+from igstore.masking import MaskOptions
+from igstore.reader import StoreReader
+from igstore.report import read_rows
+from igstore.results import Row, settings_sha256
+from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
+from igstore.tables import Table, article_tables, grouped, images_of, masks_of, percent
+
+P = (90.0, 70.0, 50.0, 30.0)
+CELLS = [MaskOptions(p=p, keep=keep) for keep, p in product(get_args(Keep), P)]
+
+SHARED_MASKS = "densenet121"  # whose masks the article showed to all
+ARTICLE_WEIGHTS = "IMAGENET1K_V1"
+
+# model: top-1 in percent unmasked, and at each p of P
+ARTICLE: dict[Keep, dict[str, tuple[float, ...]]] = {
+    "top": {
+        "vgg16": (71.59, 31.79, 8.38, 0.91, 0.17),
+        "inception_v3": (77.45, 50.13, 18.89, 1.71, 0.17),
+        "resnet50": (76.15, 46.97, 16.66, 1.73, 0.19),
+        "densenet121": (74.65, 59.21, 25.82, 2.98, 0.26),
+    },
+    "bottom": {
+        "vgg16": (71.59, 0.16, 2.53, 16.06, 30.30),
+        "inception_v3": (77.45, 0.15, 3.47, 23.31, 43.97),
+        "resnet50": (76.15, 0.14, 3.35, 22.50, 41.83),
+        "densenet121": (74.65, 0.26, 5.68, 31.55, 52.79),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to do the study with.
+
+    Parameters
+    ----------
+    data
+        As `igstore.find_images` takes it.
+    out
+        Folder for the stores, the evaluations and the tables.
+    models
+        By name, as `igstore.load_classifier` takes it, the weights that it takes with it.
+    n_steps, limit, device
+        As `igstore.build_store` takes them; of a store that has more images, the first `limit` are evaluated.
+    """
+
+    data: str
+    out: Path
+    models: dict[str, str | None]
+    n_steps: int
+    limit: int | None
+    device: str
+
+
+def run(study: Study) -> tuple[list[Row], list[Row], list[StoreInfo]]:
+    """Build, rank and evaluate what is not done yet.
+
+    Returns
+    -------
+    The rows of each model under its own masks, the rows of all models under the shared masks, and the stores.
+    """
+    images = find_images(study.data)
+    infos = {model: _build(study, images, model, "black") for model in study.models}
+    shared = _build(study, images, SHARED_MASKS if SHARED_MASKS in infos else list(infos)[-1], "noise")
+    sha256s = {model: str(info.settings["weights_sha256"]) for model, info in infos.items()}
+    own = [row for model, info in infos.items() for row in _evaluate(study, Path(info.path), {model: sha256s[model]})]
+    return own, _evaluate(study, Path(shared.path), sha256s), [*infos.values(), shared]
+
+
+def _build(study: Study, images: ImageList, model: str, baseline: Baseline) -> StoreInfo:
+    name = model.replace(":", "-").replace("/", "-")
+    return build_store(
+        model,
+        images,
+        study.out / "stores" / f"{name}-{baseline}.zarr",
+        weights=study.models[model],
+        baseline=baseline,
+        n_steps=study.n_steps,
+        limit=study.limit,
+        device=study.device,
+        show_progress=True,
+    )
+
+
+def _evaluate(study: Study, path: Path, sha256s: dict[str, str]) -> list[Row]:
+    """Show a store's images to models, given with the sha256 of their weights; or read what an earlier run found."""
+    store = StoreReader(path)
+    out = study.out / "evaluations" / path.stem
+    labels = store.scalars("label")[np.flatnonzero(store.status == BUILT)[: study.limit]]
+    settings, n = settings_sha256(store.spec), int((labels != UNKNOWN_LABEL).sum())
+    rows = read_rows(out)
+    found = {(row.store_settings_sha256, row.n, row.model, row.weights_sha256, row.cell) for row in rows}
+    if found == {(settings, n, model, sha256, cell) for (model, sha256), cell in product(sha256s.items(), CELLS)}:
+        return rows
+    return evaluate(
+        store,
+        models=list(sha256s),
+        weights=[study.models[model] for model in sha256s],
+        p=P,
+        order="attribution",
+        out=out,
+        device=study.device,
+        limit=study.limit,
+        show_progress=True,
+    ).rows
+
+
+def beside_the_article(rows: Sequence[Row]) -> list[Table]:
+    """The article's Tables 1 and 2 with ours above theirs, for the models and weights that it used; none for others."""
+    tables = []
+    for number, (keep, published) in enumerate(ARTICLE.items(), start=1):
+        known = [row for row in rows if row.keep == keep and row.model in published and row.weights == ARTICLE_WEIGHTS]
+        if known:
+            title = f"Table {number} beside the article's: top-1 accuracy (%), keep {keep}, {images_of(known)}"
+            groups = tuple(
+                _compared(of_model, published[model])
+                for model, of_model in grouped(known, lambda row: row.model).items()
+            )
+            header = ("model", "unmasked", *(f"p={p:g}" for p in P))
+            tables.append(Table(title, masks_of(known[0]), header, groups))
+    return tables
+
+
+def _compared(rows: Sequence[Row], theirs: Sequence[float]) -> tuple[tuple[str, ...], ...]:
+    at = {row.p: row.top1 for row in rows}
+    ours = [rows[0].original_top1, *(at[p] for p in P)]
+    return (
+        (rows[0].model, *(percent(value, rows[0].n) for value in ours)),
+        ("article", *(f"{value:.2f}" for value in theirs)),
+        ("difference", *(f"{mine - their:+.2f}" for mine, their in zip(ours, theirs, strict=True))),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """``python -m pipelines.article --data PATH --out DIR``."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.article", description=__doc__)
+    parser.add_argument("--data", default=os.environ.get("IMAGENET_DIR"), help="the images; default: $IMAGENET_DIR")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that the study makes")
+    parser.add_argument("--models", nargs="+", default=list(ARTICLE["top"]), help="default: the article's four")
+    parser.add_argument("--weights", nargs="+", help="one for each model, or one for all; default: their own")
+    parser.add_argument("--n-steps", type=cli.positive, default=50, help="gradient evaluations an image")
+    parser.add_argument("--limit", type=cli.positive, help="only the first so many images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options = parser.parse_args(argv)
+    weights = options.weights or [None]
+    if len(weights) not in (1, len(options.models)):
+        raise UserError(
+            f"there are {len(weights)} weights for {len(options.models)} models; give one each, or one for all"
+        )
+    if options.data is None:
+        raise UserError("no images: give --data PATH, or set IMAGENET_DIR")
+    models = dict(zip(options.models, weights * (len(options.models) // len(weights)), strict=True))
+    own, shared, infos = run(Study(options.data, options.out, models, options.n_steps, options.limit, options.device))
+    tables = [table for rows in (own, shared) for table in [*article_tables(rows), *beside_the_article(rows)]]
+    for table in tables:
+        cli.say("", table.text())
+    markdown = "\n\n".join(table.markdown() for table in tables)
+    files.write_atomically(options.out / "tables.md", f"{markdown}\n".encode())
+    cli.say("", f"tables in {options.out / 'tables.md'}")
+    return cli.SOME_IMAGES_FAILED if any(info.failed for info in infos) else cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

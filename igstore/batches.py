@@ -75,11 +75,10 @@ class MaskedBatches:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1 image")
         self._source = MaskedImages(store, images)
-        self._source.check_pixels()
-        for cell in cells:
-            self._source.check(cell)
+        self._source.check(*cells)
         self._cells = tuple(cells)
         self._networks = (self._source.reader.spec.preprocessing, *networks)  # the store's own model is the first
+        self._sizes = {network.crop for network in self._networks}
         self._device = torch.device(device)
         chosen = self._source.select(where)
         self._runs = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
@@ -107,7 +106,7 @@ class MaskedBatches:
         """Everything that the cells need of these images, on the CPU, each thing once."""
         tensors: Tensors = {}
         pixels = self._source.pixels(images)
-        for size in {network.crop for network in self._networks}:
+        for size in self._sizes:
             tensors["pixels", size] = torch.from_numpy(resize(pixels, size))
         for cell in self._cells:
             if ("rank", cell.ranking) not in tensors:
@@ -118,7 +117,7 @@ class MaskedBatches:
                 random = self._source.random_ranks(images, cell)
                 if random is not None:
                     tensors["random", cell.block, cell.seed] = torch.from_numpy(random.astype(np.int32))
-            for size in {network.crop for network in self._networks}:
+            for size in self._sizes:
                 if ("fill", cell.fill, cell.seed, size) not in tensors:
                     fill = self._source.fill(images, tensors["pixels", size].numpy(), cell)
                     tensors["fill", cell.fill, cell.seed, size] = torch.from_numpy(fill)
@@ -233,4 +232,3 @@ class MaskedBatch:
 def nearest(length: int, wanted: int) -> NDArray[np.int64]:
     """For each of `wanted` pixels, which of `length` pixels of the same picture its centre falls into."""
     return (2 * np.arange(wanted) + 1) * length // (2 * wanted)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -13,11 +14,20 @@ from typing import Any
 PARTIAL = ".partial"  # ends the name of a file that is being written; zarr-python uses the same
 
 
+def temporary_name(path: Path) -> Path:
+    """Where to write what will be at `path`; each call gives another, as several machines may write it at once."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+def temporaries(path: Path) -> list[Path]:
+    """What interrupted writers of `path` left under such names."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.{'?' * 32}{PARTIAL}"))
+
+
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """Write `pieces` under a temporary name, flush them to the disk, then rename; the folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # two processes, of one machine or of several, may write the same file at once
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             for piece in pieces:

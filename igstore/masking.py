@@ -7,7 +7,6 @@ the store.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -117,7 +116,7 @@ class MaskedImages:
     def __init__(self, store: str | os.PathLike[str] | StoreReader, images: Any = None) -> None:
         if isinstance(store, StoreReader):
             self.reader = store
-        self.path = store.root if isinstance(store, StoreReader) else Path(store).expanduser().absolute()
+        self.path = (store.root if isinstance(store, StoreReader) else Path(store).expanduser()).absolute()
         self._images = find_pixels(images)
         if not len(self.built):
             raise UserError(f"no image of {self.path} is built yet; run `igstore build` with its settings to go on")
@@ -166,19 +165,34 @@ class MaskedImages:
             )
         return np.flatnonzero(chosen & (self.reader.status == BUILT))
 
-    def check(self, options: MaskOptions) -> None:
-        """Raise `StoreNotFoundError`, naming the command to run, unless every built image has the ranks needed."""
-        unranked = unranked_shards(self.reader, options.ranking)
-        if unranked:
-            raise StoreNotFoundError(
-                f"the ranking {options.ranking} of {self.path} lacks {len(unranked)} of the {len(self.reader.records)} "
-                f"shards that are built, or is older than them; run `igstore rank {self.path} "
-                f"--score {options.score} --block {options.block}`"
-            )
+    def check(self, *cells: MaskOptions, pixels: bool = True) -> None:
+        """Open what these masks need, so that what is missing is told now.
 
-    def check_pixels(self) -> None:
-        """Raise `UserError` unless there are pixels of every built image; see `igstore.pixels.open_pixels`."""
-        _ = self._pixels
+        Raises
+        ------
+        StoreNotFoundError
+            Not every built image has the ranks; the message names the command that makes them.
+        UserError
+            `pixels` are wanted, and not there for every built image; see `igstore.pixels.open_pixels`.
+        """
+        for options in cells:
+            self._ranking(options)
+        if pixels:
+            _ = self._pixels
+
+    def _ranking(self, options: MaskOptions) -> RankingReader:
+        name = options.ranking
+        if name not in self._rankings:
+            ranking = self.reader.ranking(name)
+            unranked = unranked_shards(self.reader, ranking)
+            if unranked:
+                raise StoreNotFoundError(
+                    f"the ranking {name} of {self.path} lacks {len(unranked)} of the {len(self.reader.records)} shards "
+                    f"that are built, or is older than they are; run `igstore rank {self.path} "
+                    f"--score {options.score} --block {options.block}`"
+                )
+            self._rankings[name] = ranking
+        return self._rankings[name]
 
     def ids(self, images: Images) -> list[str]:
         """The ids of these images."""
@@ -191,10 +205,7 @@ class MaskedImages:
 
     def ranks(self, images: Images, options: MaskOptions) -> tuple[Ranks, Shares]:
         """Rank and share, (image, block_y, block_x) each, in the ranking that `options` ask for."""
-        name = options.ranking
-        if name not in self._rankings:
-            self._rankings[name] = self.reader.ranking(name)
-        ranking = self._rankings[name]
+        ranking = self._ranking(options)
         return ranking.array("rank").read(images), ranking.array("share").read(images)
 
     def random_ranks(self, images: Images, options: MaskOptions) -> Ranks | None:
@@ -229,25 +240,13 @@ class MaskedImages:
         pixels, visible = self.pixels(images), self.masks(images, options)
         return masks.apply(pixels, visible, self.fill(images, pixels, options)), visible
 
-    def class_lists(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Class names and wnids by class index; empty where they are not known."""
-        attributes = self.reader.attributes
-        return attributes.get("class_names", ()), attributes.get("wnids", ())
 
-
-def unranked_shards(store: StoreReader, ranking: str) -> list[int]:
-    """Built shards whose maps, as they are now, have no ranks in this ranking.
-
-    Raises
-    ------
-    StoreNotFoundError
-        The store has no such ranking at all.
-    """
-    ranked = store.ranking(ranking).records
+def unranked_shards(store: StoreReader, ranking: RankingReader) -> list[int]:
+    """Built shards whose maps, as they are now, have no ranks in this ranking."""
     n_dims = len(layout.variables(store.spec)["attribution"].dims)
     unranked = []
     for shard, record in store.records.items():
         now = record["files"][layout.shard_file("attribution", shard, n_dims)]["sha256"]
-        if shard not in ranked or ranked[shard]["attribution_sha256"] != now:
+        if shard not in ranking.records or ranking.records[shard].get("attribution_sha256") != now:
             unranked.append(shard)
     return unranked

@@ -61,9 +61,9 @@ def find_pixels(images: Any) -> Path | ImageList | None:
     if images is None:
         return None
     if isinstance(images, StoreReader):
-        return images.root
+        return images.root.absolute()
     if isinstance(images, str | os.PathLike):
-        path = Path(images).expanduser()
+        path = Path(images).expanduser().absolute()
         return path if (path / "zarr.json").exists() else find_images(path)
     return as_image_list(images)
 

@@ -8,15 +8,16 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import xarray as xr
+from zarr.errors import ZarrUserWarning
 
 from igstore import files
 from igstore.errors import DamagedStoreError, StoreExistsError, UserError
 from igstore.results import Row
-from igstore.store import consolidate
 from igstore.tables import article_tables
 
 RESULTS, CSV, TABLES, PREDICTIONS = "results.json", "results.csv", "tables.md", "predictions.zarr"
@@ -54,8 +55,9 @@ def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset) -> Non
         files.write_atomically(making / CSV, _csv(records).encode())
         tables = "\n\n".join(table.markdown() for table in article_tables(rows))
         files.write_atomically(making / TABLES, f"{tables}\n".encode())
-        predictions.to_zarr(making / PREDICTIONS, zarr_format=3, consolidated=False)
-        consolidate(making / PREDICTIONS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZarrUserWarning)  # consolidation is not yet in the v3 standard
+            predictions.to_zarr(making / PREDICTIONS, zarr_format=3, consolidated=True)
         if out.exists():
             out.replace(replaced)
         making.replace(out)

@@ -135,6 +135,10 @@ class Shown:
         bool (1 + cell, image): the label is among the five highest outputs.
     visible
         float64 (1 + cell, image), 0 to 1: the share of pixels left visible.
+    completeness_error, steps_spent
+        float32 and int16 (image,): of the store's maps, its `completeness_error` and `n_steps`.
+    class_names
+        By class index; empty where the store does not know them.
     """
 
     pairing: Pairing
@@ -143,6 +147,9 @@ class Shown:
     prediction: NDArray[np.int16]
     in_top5: NDArray[np.bool_]
     visible: NDArray[np.float64]
+    completeness_error: NDArray[np.float32]
+    steps_spent: NDArray[np.int16]
+    class_names: Sequence[str]
 
 
 def settings_sha256(spec: BuildSpec) -> str:
@@ -193,29 +200,50 @@ def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
 
 
 def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Dataset:
-    """The predicted class of every image in every cell, for every model and store.
+    """What became of every image in every cell, for every model and store.
 
     Returns
     -------
-    Dataset of int16 ``prediction`` (pair, cell, image) and ``unmasked`` (pair, image). A pair is a model and a store;
-    its coordinates are the fields of `Pairing`. A cell is a mask; its coordinates are the fields of `MaskOptions`.
-    ``image`` is the id, and ``label`` the class index, -1 where unknown. Images are those of all stores, sorted by id;
-    where a store lacks an image, its predictions are -1.
+    Dataset of ``prediction``, int16, and ``visible``, float32, the share of pixels left visible (both: pair, cell,
+    image); and of ``unmasked``, int16, ``completeness_error``, float32, and ``steps_spent``, int16 (all: pair, image).
+    A pair is a model and a store; its coordinates are the fields of `Pairing`. A cell is a mask; its coordinates are
+    the fields of `MaskOptions`. ``image`` is the id, and ``label`` the class index, -1 where unknown. Images are those
+    of all stores, sorted by id; where a store lacks an image, predictions are -1, steps 0 and the others NaN. Its
+    attribute ``class_names`` lists the names of the classes, where they are known.
     """
     ids = np.unique(np.concatenate([np.asarray(shown.image_ids, dtype=np.str_) for shown in every]))
+    places = [np.searchsorted(ids, np.asarray(shown.image_ids, dtype=np.str_)) for shown in every]
     labels = np.full(len(ids), UNKNOWN_LABEL, np.int16)
-    unmasked = np.full((len(every), len(ids)), NOT_SHOWN, np.int16)
-    masked = np.full((len(every), len(cells), len(ids)), NOT_SHOWN, np.int16)
-    for pair, shown in enumerate(every):
-        places = np.searchsorted(ids, np.asarray(shown.image_ids, dtype=np.str_))
-        labels[places] = shown.labels
-        unmasked[pair, places] = shown.prediction[0]
-        masked[pair][:, places] = shown.prediction[1:]
+    for shown, of_shown in zip(every, places, strict=True):
+        labels[of_shown] = shown.labels
+
+    def joined(values: Sequence[NDArray[Any]], dtype: type[np.generic], lacking: float) -> NDArray[Any]:
+        whole = np.full((len(every), *values[0].shape[:-1], len(ids)), lacking, dtype)  # (pair, [cell,] image)
+        for pair, of_shown in enumerate(places):
+            whole[pair][..., of_shown] = values[pair]
+        return whole
+
     describe = {"description": f"class index of the highest output; {NOT_SHOWN} where the store lacks the image"}
+    masked, unmasked = ("pair", "cell", IMAGE), ("pair", IMAGE)
     return xr.Dataset(
         {
-            "prediction": (("pair", "cell", IMAGE), masked, describe),
-            "unmasked": (("pair", IMAGE), unmasked, describe),
+            "prediction": (masked, joined([shown.prediction[1:] for shown in every], np.int16, NOT_SHOWN), describe),
+            "visible": (
+                masked,
+                joined([shown.visible[1:] for shown in every], np.float32, np.nan),
+                {"description": "share of the model's input pixels that the mask leaves visible, 0 to 1"},
+            ),
+            "unmasked": (unmasked, joined([shown.prediction[0] for shown in every], np.int16, NOT_SHOWN), describe),
+            "completeness_error": (
+                unmasked,
+                joined([shown.completeness_error for shown in every], np.float32, np.nan),
+                {"description": "completeness error of the store's map, relative"},
+            ),
+            "steps_spent": (
+                unmasked,
+                joined([shown.steps_spent for shown in every], np.int16, 0),
+                {"description": "gradient evaluations behind the store's map"},
+            ),
         },
         {
             IMAGE: ids.astype(object),
@@ -223,6 +251,7 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
             **_coordinates("pair", [dataclasses.asdict(shown.pairing) for shown in every]),
             **_coordinates("cell", [dataclasses.asdict(cell) for cell in cells]),
         },
+        {"class_names": max((list(shown.class_names) for shown in every), key=len)},
     )
 
 

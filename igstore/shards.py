@@ -1,4 +1,7 @@
-"""From units to shards: units are staged as they come, and a shard is written when all of its units are there."""
+"""From units to shards: units are staged as they come, and a shard is written when all of its units are there.
+
+Builders that were started on one store by mistake all stage and collect units; the first to have a shard's writes it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from numpy.typing import NDArray
 
 from igstore import layout, staging
 from igstore.decoding import Job
+from igstore.presence import writing
+from igstore.reader import StoreReader
 from igstore.schema import BuildSpec
 from igstore.store import write_shard
 
@@ -29,7 +34,7 @@ class ShardWriter:
     Parameters
     ----------
     path, spec, image_ids
-        The store.
+        The store, which this process is `at_work` at.
     runtime
         What else every record says: device and versions.
     """
@@ -82,5 +87,7 @@ class ShardWriter:
             "seconds": round(float(seconds.sum()), 3),
             **self._runtime,
         }
-        write_shard(self._path, self._spec, self._n_images, shard, whole, record)
-        staging.discard_units(self._path, first, last)
+        with writing(self._path):
+            if StoreReader(self._path).record(shard) is None:
+                write_shard(self._path, self._spec, self._n_images, shard, whole, record)
+            staging.discard_units(self._path, first, last)

@@ -29,14 +29,14 @@ _KEEPS: tuple[Keep, Keep] = ("top", "bottom")  # one row of panels each
 
 # Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
 FOR_TARGET, AGAINST_TARGET = (213, 94, 0), (0, 114, 178)
-_FULL_COLOUR = 0.99  # this quantile of an image's absolute values and all above it get the full colour
+_FULL_COLOUR = 0.98  # this quantile of an image's absolute values and all above it get the full colour
 
 # pixels of the picture
 _PANEL = 200  # panels are at least so wide and high: small images are enlarged by a whole number
 _MARGIN, _GAP = 24, 8
 _TITLE, _TEXT = 20, 14  # height of letters
 _TITLE_ROW, _TEXT_ROW = 30, 22
-_INK, _FAINT, _PAPER = (20, 20, 20), (95, 95, 95), (255, 255, 255)
+_INK, _FAINT, _LINE, _PAPER = (20, 20, 20), (95, 95, 95), (205, 205, 205), (255, 255, 255)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +100,15 @@ def show_store(
     cells = {keep: [MaskOptions(p=one, keep=keep, **options) for one in every_p] for keep in _KEEPS}  # type: ignore[arg-type]
     source = MaskedImages(store, images)
     source.check(cells["top"][0])  # cells differ in p and keep alone
-    source.check_pixels()
     chosen = _spread(source.built, _FEW) if image is None else _find(source, image)
     return _draw([_strip(source, one, cells) for one in chosen], _notes(source.reader, cells["top"][0]))
 
 
 def _spread(images: Images, n: int) -> Images:
     """At most `n` of `images`, evenly spread, the first and the last among them."""
-    return images[np.unique(np.linspace(0, len(images) - 1, n).round().astype(int))]
+    places = np.unique(np.linspace(0, len(images) - 1, n).round().astype(int))
+    spread: Images = images[places]
+    return spread
 
 
 def _find(source: MaskedImages, ids: Sequence[str]) -> Images:
@@ -143,7 +144,7 @@ def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
 
     Returns
     -------
-    uint8 (y, x, 3): white at 0, and from the 99th percentile of the absolute values the full colour.
+    uint8 (y, x, 3): white at 0, and from the 98th percentile of the absolute values the full colour.
     """
     sums = block_sums(attribution[np.newaxis], block, "signed")[0]  # (block_y, block_x)
     strength = np.abs(sums)
@@ -151,7 +152,8 @@ def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
     strength = np.minimum(strength / full, 1.0)[..., np.newaxis]
     colour = np.where(sums[..., np.newaxis] > 0, FOR_TARGET, AGAINST_TARGET)
     blocks = np.rint(255 + (colour - 255) * strength).astype(np.uint8).transpose(2, 0, 1)  # (3, block_y, block_x)
-    return expand(blocks, *attribution.shape[-2:], block).transpose(1, 2, 0)
+    height, width = attribution.shape[-2:]
+    return expand(blocks, height, width, block).transpose(1, 2, 0)
 
 
 def _strip(source: MaskedImages, image: int, cells: dict[Keep, list[MaskOptions]]) -> Strip:
@@ -173,10 +175,8 @@ def _strip(source: MaskedImages, image: int, cells: dict[Keep, list[MaskOptions]
 
 
 def _classes(source: MaskedImages, image: int) -> str:
-    label, predicted, target = (
-        int(source.reader.scalars(name)[image]) for name in ("label", "prediction", "target")
-    )
-    names, _ = source.class_lists()
+    label, predicted, target = (int(source.reader.scalars(name)[image]) for name in ("label", "prediction", "target"))
+    names = source.reader.attributes.get("class_names", ())
 
     def name(index: int) -> str:
         return names[index] if 0 <= index < len(names) else f"class {index}"
@@ -190,7 +190,7 @@ def _classes(source: MaskedImages, image: int) -> str:
         parts.append(f"attributed: {name(target)}")
     elif label != predicted:
         parts.append(f"attributed: the {'label' if target == label else 'prediction'}")
-    return "   ".join(parts)
+    return " · ".join(parts)
 
 
 def _percent(share: float) -> str:
@@ -243,6 +243,7 @@ def _draw(strips: Sequence[Strip], notes: Sequence[str]) -> Image.Image:
                 x = _MARGIN + column * (width + _GAP)
                 draw.text((x, y), _fit(panel.caption, text, width), _FAINT, text)
                 picture = Image.fromarray(panel.pixels).resize((width, height), Image.Resampling.NEAREST)
+                draw.rectangle((x - 1, y + _TEXT_ROW - 1, x + width, y + _TEXT_ROW + height), outline=_LINE)
                 canvas.paste(picture, (x, y + _TEXT_ROW))
             y += _TEXT_ROW + height + _GAP
         y += _MARGIN - _GAP // 2

@@ -121,11 +121,13 @@ def _show(plan: ShowingPlan, networks: dict[Classifier, nn.Module], progress: Pr
                 of_classifier.append(_view(batch, classifier, networks[classifier], plan.cells))
             progress.advance(len(batch))
     ids = [plan.store.image_ids[image] for image in plan.images.tolist()]
+    errors, steps = (plan.store.scalars(name)[plan.images] for name in ("completeness_error", "n_steps"))
+    names = plan.store.attributes.get("class_names", ())
     shown = []
     for classifier, of_classifier in zip(plan.classifiers, views, strict=True):
         prediction, in_top5, visible = (np.hstack(arrays) for arrays in zip(*of_classifier, strict=True))
         pairing = _pairing(plan.store, classifier, plan.device)
-        shown.append(Shown(pairing, ids, plan.labels, prediction, in_top5, visible))
+        shown.append(Shown(pairing, ids, plan.labels, prediction, in_top5, visible, errors, steps, names))
     return shown
 
 

@@ -2,12 +2,13 @@
 
 A unit is a few consecutive images. Units are fixed by the settings, so that a build that was killed and goes on
 computes the same batches as one that was not. A unit's file is there whole or not at all, and is not part of the store.
+The folder that holds them, beside the locks of `igstore.presence`, is gone when nobody is at work any more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,45 +16,79 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.files import write_atomically
+from igstore.errors import StoreNotFoundError
+from igstore.files import PARTIAL, temporaries, write_atomically
 
 Arrays = dict[str, NDArray[Any]]
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
-def _folder(store: Path) -> Path:
+
+def folder(store: Path) -> Path:
+    """Where units are, relative to where the store is."""
     return store / "staging"
 
 
+def make_folder(store: Path) -> Path:
+    """Make the folder if it is not there; a store that was deleted does not come back by it.
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is no store.
+    """
+    if not (store / "zarr.json").exists():
+        raise StoreNotFoundError(f"{store} is gone: it was deleted or moved while it was being written; start again")
+    folder(store).mkdir(exist_ok=True)
+    return folder(store)
+
+
 def _file(store: Path, first: int) -> Path:
-    return _folder(store) / f"{first:08d}.npz"
+    return folder(store) / f"{first:08d}.npz"
 
 
 def save_unit(store: Path, first: int, arrays: Arrays) -> None:
     """Keep the arrays of the unit whose first image is number `first`."""
     content = BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
-    write_atomically(_file(store, first), content.getvalue())
+    make_folder(store)
+    write_atomically(_file(store, first), content.getvalue(), _digest(content.getvalue()))
 
 
 def load_unit(store: Path, first: int, count: int) -> Arrays | None:
     """The arrays of the unit that starts at image `first`; None unless it is there, whole, and of `count` images."""
     try:
-        with np.load(_file(store, first), allow_pickle=False) as content:
-            arrays = dict(content)  # reading checks the CRC of each
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        stored = _file(store, first).read_bytes()
+    except FileNotFoundError:
         return None
+    content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
+    if _digest(content) != digest:
+        return None
+    with np.load(BytesIO(content), allow_pickle=False) as loaded:
+        arrays = dict(loaded)
     return arrays if all(len(values) == count for values in arrays.values()) else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def discard_units(store: Path, first: int, last: int) -> None:
     """Forget the units of images `first` to `last` (exclusive), which are in a finished shard now."""
-    for path in _folder(store).glob("*.npz"):
+    for path in folder(store).glob("*.npz"):
         if path.stem.isdigit() and first <= int(path.stem) < last:
             path.unlink(missing_ok=True)
 
 
+def leftovers(store: Path) -> list[Path]:
+    """What interrupted writers left: unfinished files in the store, unfinished stores beside it, the staging folder."""
+    return [*store.rglob(f"*{PARTIAL}"), *temporaries(store), *store.glob("staging")]
+
+
 def sweep(store: Path) -> None:
-    """Remove the staging folder and whatever interrupted writers left in the store."""
-    shutil.rmtree(_folder(store), ignore_errors=True)
-    for leftover in store.rglob("*.partial*"):
-        leftover.unlink(missing_ok=True)
+    """Remove leftovers, but not the staging folder while there are units in it; only when nobody else is at work."""
+    for leftover in leftovers(store):
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
+        elif not any(leftover.glob("*.npz")):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ def create_store(
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StoreExistsError(f"{path} exists and is not a store of igstore's; give another --store, or remove it")
-    making = path.with_name(f".{path.name}.{uuid.uuid4().hex}{files.PARTIAL}")
+    making = files.temporary_name(path)
     try:
         lay_out_store(making, spec, image_ids=image_ids, labels=labels, attributes=attributes)
         making.replace(path)
@@ -184,7 +183,7 @@ def finish_store(path: Path, attributes: Mapping[str, Any]) -> None:
 
 def consolidate(path: Path) -> None:
     """Gather all metadata in the root's, which is where readers over HTTP look, since they cannot list."""
-    documents = {name: cpu.Buffer.from_bytes((path / name).read_bytes()) for name in metadata_files(path)}
+    documents: dict[str, Any] = {name: cpu.Buffer.from_bytes((path / name).read_bytes()) for name in metadata_files(path)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)  # consolidation is not yet in the v3 standard
         zarr.consolidate_metadata(MemoryStore(documents), zarr_format=3)
@@ -231,7 +230,7 @@ def _documents(
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """The ``zarr.json`` of a group, of those above it and of its arrays, by name of file; made in memory."""
-    memory: dict[str, cpu.Buffer] = {}
+    memory: dict[str, Any] = {}
     made = zarr.create_group(MemoryStore(memory), path=group, attributes=dict(attributes))
     for name, variable in variables.items():
         shape = tuple(sizes[dim] for dim in variable.dims)

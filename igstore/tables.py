@@ -71,9 +71,9 @@ def article_tables(rows: Sequence[Row]) -> list[Table]:
             kept = [row for row in of_masks if row.keep == keep]
             if kept:
                 tables.append(_by_p(f"Table {number}. Top-1 accuracy (%) {_SHOWN[keep]}", masks, kept))
-        compared = [row for row in of_masks if row.mcnemar_p is not None]
-        if compared:
-            tables.append(_top_against_bottom(masks, compared))
+        sides = _both_sides(of_masks)
+        if sides:
+            tables.append(_top_against_bottom(masks, sides))
     return tables
 
 
@@ -97,24 +97,38 @@ def _by_p(title: str, masks: str, rows: Sequence[Row]) -> Table:
     return Table(f"{title}, {images_of(rows)}", masks, ("model", "unmasked", *(f"p={p:g}" for p in every_p)), groups)
 
 
-def _top_against_bottom(masks: str, rows: Sequence[Row]) -> Table:
-    every_p = sorted({row.p for row in rows})
+def _both_sides(rows: Sequence[Row]) -> dict[str, dict[float, tuple[Row, Row]]]:
+    """The rows of top and bottom by label and p, where there are both."""
+    sides: dict[str, dict[float, tuple[Row, Row]]] = {}
+    for label, of_label in grouped(rows, labeller(rows)).items():
+        top, bottom = ({row.p: row for row in of_label if row.keep == keep} for keep in _SHOWN)
+        if both := {p: (top[p], bottom[p]) for p in sorted(top.keys() & bottom.keys())}:
+            sides[label] = both
+    return sides
+
+
+def _top_against_bottom(masks: str, sides: dict[str, dict[float, tuple[Row, Row]]]) -> Table:
+    every_p = sorted({p for at in sides.values() for p in at})
     p = 50.0 if 50 in every_p else every_p[len(every_p) // 2]
-    groups = []
-    for label, of_label in grouped([row for row in rows if row.p == p], labeller(rows)).items():
-        at = {row.keep: row for row in of_label}
-        top, bottom = at["top"], at["bottom"]
-        accuracies = (percent(row.top1, row.n) for row in (top, bottom))
-        test = (str(top.only_this), str(top.only_opposite), _probability(top.mcnemar_p))
-        groups.append(
+    pairs = {label: at[p] for label, at in sides.items() if p in at}
+    groups = tuple(
+        (
             (
-                (label, *accuracies, *test),
-                ("95% interval", _interval_of(top), _interval_of(bottom), "", "", ""),
-            )
+                label,
+                *(percent(row.top1, row.n) for row in (top, bottom)),
+                *(str(count) for count in (top.only_this, top.only_opposite)),
+                _probability(top.mcnemar_p),
+            ),
+            ("95% interval", _interval_of(top), _interval_of(bottom), "", "", ""),
         )
-    title = f"Table 3. Top-1 accuracy (%) of the important against the unimportant pixels at p={p:g}"
-    header = ("model", f"top {p:g}%", f"bottom {p:g}%", "right top only", "right bottom only", "McNemar's p")
-    return Table(f"{title}, {images_of(rows)}", masks, header, tuple(groups))
+        for label, (top, bottom) in pairs.items()
+    )
+    images = images_of([row for pair in pairs.values() for row in pair])
+    title = f"Table 3. Top-1 accuracy (%) of the important against the unimportant pixels at p={p:g}, {images}"
+    note = f"{masks} Only top, only bottom: images that are right there alone."
+    return Table(
+        title, note, ("model", f"top {p:g}%", f"bottom {p:g}%", "only top", "only bottom", "McNemar's p"), groups
+    )
 
 
 def masks_of(row: Row) -> str:

@@ -123,7 +123,6 @@ def masked_view(
     """
     options = {"keep": keep, "select": select, "score": score, "block": block, "fill": fill, "order": order}
     source = MaskedImages(store, images)
-    source.check_pixels()
     inner = dict(zip((CHANNEL, Y, X), (3, *source.size), strict=True))
     return _view("masked", source, p, options | {"seed": seed}, _read_masked, inner, np.uint8)
 
@@ -168,7 +167,7 @@ def _view(
     cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
     if not cells:
         raise UserError("p is empty; give a number from 0 to 100, or several")
-    source.check(cells[0])  # cells differ in p alone
+    source.check(*cells, pixels=CHANNEL in inner)
     images, shape = source.built, tuple(inner.values())
     layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]
     chunks = _chunks(source.reader, images)

@@ -220,9 +220,7 @@ def test_a_transform_receives_masked_pixels(store: Path) -> None:
 )
 def test_options_mean_what_they_do_in_views(options: dict[str, Any], store: Path) -> None:
     data = MaskedImageNet(store, 40, "top", transform=lambda pixels: pixels, **options)
-    np.testing.assert_array_equal(
-        torch.stack([pixels for pixels, _ in data]), masked_view(store, 40, "top", **options)
-    )
+    np.testing.assert_array_equal(torch.stack([pixels for pixels, _ in data]), masked_view(store, 40, "top", **options))
 
 
 def test_classes_as_torchvision_has_them(store: Path) -> None:

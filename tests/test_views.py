@@ -494,7 +494,7 @@ def test_a_ranking_of_older_maps(tmp_path: Path) -> None:
     record = json.loads(record_path.read_bytes())
     record["files"][layout.shard_file("attribution", 0, 3)]["sha256"] = "1" * 64
     record_path.write_text(json.dumps(record))
-    with pytest.raises(StoreNotFoundError, match="or is older than them; run `igstore rank"):
+    with pytest.raises(StoreNotFoundError, match="or is older than they are; run `igstore rank"):
         keep_mask(path)
 
 

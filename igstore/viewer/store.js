@@ -1,0 +1,223 @@
+// Reading an igstore store over HTTP: what igstore.reader does, with zarrita.
+
+import { FetchStore, get, isZarritaError, open, root, slice, withConsolidatedMetadata } from "./vendor/zarrita.bundle.js";
+
+const FORMAT_VERSION = 1;
+export const [NOT_BUILT, BUILT, FAILED] = [0, 1, 2]; // `status` of an image
+const REQUESTS = 32; // under way at a time
+const REMEMBERED = 24; // images of which what was read is kept, for going back and forth
+
+// Something to tell the user: what is the matter, and what to do about it. `isFatal` where nothing can be shown at all.
+export class StoreError extends Error {
+  constructor(message, remedy = "", { isFatal = false } = {}) {
+    super(message);
+    this.remedy = remedy;
+    this.isFatal = isFatal;
+  }
+}
+
+// Browsers without Float16Array read the numbers' bits, which `numbers` decodes.
+globalThis.Float16Array ??= class extends Uint16Array {};
+
+function numbers(data, dataType) {
+  if (dataType !== "float16" || !(data instanceof Uint16Array)) return data;
+  return Float32Array.from(data, (bits) => {
+    const exponent = (bits >> 10) & 31;
+    const fraction = bits & 1023;
+    const size = exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24; // maps are finite
+    return bits & 0x8000 ? -size : size;
+  });
+}
+
+// Browsers give up on thousands of requests at once, which is what a list in small chunks asks for.
+let running = 0;
+const waiting = [];
+
+async function fetchInTurn(request) {
+  if (running >= REQUESTS) await new Promise((start) => waiting.push(start));
+  running++;
+  try {
+    return await fetch(request);
+  } finally {
+    running--;
+    waiting.shift()?.();
+  }
+}
+
+async function fetchPart(request) {
+  let response;
+  try {
+    response = await fetchInTurn(request);
+  } catch {
+    throw new StoreError(
+      `No answer from ${new URL(request.url).origin}.`,
+      "Is `igstore view` still running? A store on another host must allow this page to read it (CORS).",
+      { isFatal: true },
+    );
+  }
+  if (request.headers.has("Range") && (response.status === 200 || response.status === 416)) {
+    await response.body?.cancel();
+    throw new StoreError(
+      `The server of ${request.url} does not send parts of files (it answered ${response.status} to a range request), ` +
+        "and without that no single image can be read from the store.",
+      "Use `igstore view STORE`, or a web server with range support, such as nginx, Caddy or an S3 bucket; " +
+        "`python -m http.server` has none.",
+      { isFatal: true },
+    );
+  }
+  return response;
+}
+
+class PartStore extends FetchStore {
+  constructor(url) {
+    super(url, { fetch: fetchPart });
+  }
+
+  // Only shards are read in parts, and only those that their record says are there.
+  async getRange(key, range, options) {
+    const bytes = await super.getRange(key, range, options);
+    const expected = range.length ?? range.suffixLength;
+    if (bytes?.length !== expected) {
+      const found = bytes ? `has ${bytes.length} of ${expected} bytes where an image should be` : "is missing";
+      throw new StoreError(`The store is damaged: its file ${key.slice(1)} ${found}.`, "Build it again to repair it.");
+    }
+    return bytes;
+  }
+}
+
+// What `make` gives, kept for the last `REMEMBERED` keys.
+function remembering(make) {
+  const kept = new Map();
+  return (key) => {
+    const value = kept.get(key) ?? make(key);
+    kept.delete(key);
+    kept.set(key, value); // the newest comes last
+    value.catch(() => kept.delete(key));
+    if (kept.size > REMEMBERED) kept.delete(kept.keys().next().value);
+    return value;
+  };
+}
+
+export class Store {
+  static async open(url) {
+    const missing = new StoreError(
+      `There is no igstore store at ${url}.`,
+      "Start this page with `igstore view STORE`, or give the store's address: `?store=URL`.",
+      { isFatal: true },
+    );
+    const files = new PartStore(url);
+    let nodes;
+    try {
+      nodes = await withConsolidatedMetadata(files, { format: "v3" });
+    } catch (error) {
+      throw isZarritaError(error) ? missing : error;
+    }
+    const group = await open.v3(root(nodes), { kind: "group" });
+    const version = group.attrs.format_version;
+    if (version === undefined) throw missing;
+    if (version !== FORMAT_VERSION) {
+      throw new StoreError(
+        `The store at ${url} has the format version ${version}; this page reads version ${FORMAT_VERSION}.`,
+        "Use the page of the igstore that wrote it.",
+        { isFatal: true },
+      );
+    }
+    const store = new Store(url, files, nodes, group.attrs);
+    store.ids = await store.column("image_id");
+    return store;
+  }
+
+  constructor(url, files, nodes, attributes) {
+    this.name = decodeURIComponent(new URL(url).pathname.split("/").filter(Boolean).at(-1) ?? "");
+    this.attributes = attributes;
+    this.nImages = attributes.n_images;
+    this.size = attributes.crop; // [height, width]
+    this._files = files;
+    this._nodes = nodes;
+    const kinds = new Map(nodes.contents().map(({ path, kind }) => [path, kind]));
+    this._arrays = new Set([...kinds.keys()].filter((path) => kinds.get(path) === "array"));
+    // the names of the rankings, such as positive-3
+    this.rankings = [...this._arrays].map((path) => path.match(/^\/ranks\/(.+)\/share$/)?.[1]).filter(Boolean).sort();
+    this._record = remembering((path) => this._readJson(path));
+    this.image = remembering((index) => this._readImage(index));
+    this._ranks = remembering((key) => this._readRanks(...JSON.parse(key)));
+  }
+
+  has(name) {
+    return this._arrays.has(`/${name}`);
+  }
+
+  // A per-image variable, whole.
+  async column(name) {
+    const values = await this._read(name, null);
+    return values.slice(0, this.nImages); // an array that is being extended may be longer
+  }
+
+  // rank and share (block_y * block_x) of an image that is built.
+  ranks(index, ranking) {
+    return this._ranks(JSON.stringify([index, ranking]));
+  }
+
+  // What is stored of one image: {pixels, attribution} or null for what the store does not hold, and its scalars.
+  async _readImage(index) {
+    const record = await this._shardRecord(index);
+    if (!record) {
+      throw new StoreError("This image is not built yet.", "Run `igstore build` with the store's settings to go on.");
+    }
+    const reason = new Map(Object.entries(record.failed)).get(this.ids[index]);
+    if (reason !== undefined) throw new StoreError(`This image could not be attributed: ${reason}.`);
+    const names = ["pixels", "attribution", "scale", "output", "baseline_output", "n_steps"];
+    const [pixels, attribution, ...scalars] = await Promise.all(
+      names.map((name) => (this.has(name) ? this._read(name, index) : null)),
+    );
+    const values = names.slice(2).map((name, place) => [name, scalars[place]?.[0] ?? null]);
+    return { pixels, attribution, ...Object.fromEntries(values) };
+  }
+
+  async _readRanks(index, ranking) {
+    const [score, block] = [ranking.slice(0, ranking.lastIndexOf("-")), ranking.slice(ranking.lastIndexOf("-") + 1)];
+    const unranked = new StoreError(
+      `This image has no ranks in ${ranking}, or its map is newer than they are.`,
+      `Make them with \`igstore rank ${this.name} --score ${score} --block ${block}\`.`,
+    );
+    const [built, ranked] = await Promise.all([this._shardRecord(index), this._shardRecord(index, ranking)]);
+    if (!built || !ranked) throw unranked;
+    const maps = Object.keys(built.files).find((file) => file.startsWith("attribution/"));
+    if (maps && ranked.attribution_sha256 !== built.files[maps].sha256) throw unranked;
+    const [rank, share] = await Promise.all(
+      ["rank", "share"].map((name) => this._read(`ranks/${ranking}/${name}`, index)),
+    );
+    return { rank, share, block: Number(block) };
+  }
+
+  // The record of the shard that holds an image; null if the shard is not finished, as igstore.reader has it.
+  async _shardRecord(index, ranking = null) {
+    const size = this.attributes.shard_size;
+    const shard = Math.floor(index / size);
+    const folder = ranking ? `/records/${ranking}` : "/records";
+    const record = await this._record(`${folder}/${String(shard).padStart(5, "0")}.json`);
+    const bounds = [shard * size, Math.min((shard + 1) * size, this.nImages)];
+    return record && bounds.every((bound, place) => record.images[place] === bound) ? record : null;
+  }
+
+  async _readJson(path) {
+    const bytes = await this._files.get(path);
+    return bytes ? JSON.parse(new TextDecoder().decode(bytes)) : null;
+  }
+
+  // The values of an array: of one image, or all where the index is null.
+  async _read(name, index) {
+    const array = await open.v3(root(this._nodes).resolve(name), { kind: "array" });
+    const images = index === null ? null : slice(index, index + 1);
+    try {
+      const { data } = await get(array, [images, ...array.shape.slice(1).map(() => null)]);
+      return numbers(data, array.dtype);
+    } catch (error) {
+      if (!isZarritaError(error)) throw error;
+      throw new StoreError(
+        `The array ${name} cannot be read: ${error.message}.`,
+        "The page reads stores that are uncompressed, or compressed with zstd or gzip.",
+      );
+    }
+  }
+}

@@ -17,6 +17,8 @@ _HOMES = {
     "BuildSpec": "schema",
     "Classifier": "models",
     "IgstoreError": "errors",
+    "MaskOptions": "masking",
+    "MaskedBatches": "batches",
     "MaskedImageNet": "dataset",
     "Preprocessing": "schema",
     "UserError": "errors",

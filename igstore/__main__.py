@@ -13,6 +13,7 @@ COMMANDS = {
     "rank": "rank the blocks of a store's maps",
     "evaluate": "measure models on masked images, and print the article's tables",
     "info": "say what a store holds, what made it, and what is missing",
+    "view": "look at any image and any mask of a store, in a browser",
 }
 
 

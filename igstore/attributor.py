@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 
 from igstore import layout
 from igstore.acceleration import accelerate
-from igstore.attribution import integrated_gradients, logits, numerics, to_float16
+from igstore.attribution import integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.baselines import baseline_pixels
-from igstore.errors import UserError
+from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.memory import available_memory, gradient_bytes
 from igstore.models import Classifier
 from igstore.normalisation import normalise
 from igstore.schema import BUILT, FAILED, BuildSpec
+from igstore.weights import first_line
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 
 _REASON = np.dtype("<U200")  # a fixed width, so that units concatenate; longer reasons are cut
+
+_NOISE = 1e-3  # two outputs for one image that differ by more are not rounding
 
 
 class Attributor:
@@ -44,10 +48,19 @@ class Attributor:
         (image, step) pairs per gradient evaluation; None sizes it to the memory that is free, and halves it when that
         runs out.
 
+    Attributes
+    ----------
+    n_classes
+        How many the network tells apart.
+
     Raises
     ------
     UserError
         The spec's precision does not exist on this device.
+    ModelError
+        The network fails on images of this size, or does not return (image, class).
+    OutOfMemoryError
+        The device has not even memory for one image.
     """
 
     def __init__(
@@ -55,12 +68,24 @@ class Attributor:
     ) -> None:
         self.spec = spec
         self.device = device
+        self._may_shrink = batch_size is None
+        self.batch_size = batch_size or 1
         height, width = spec.preprocessing.crop
-        with numerics(spec.precision, device):
+        with self._failures(), numerics(spec.precision, device):
             probe = torch.zeros(1, 3, height, width, device=device)
             self.network = accelerate(classifier.network, probe)
-            self._may_shrink = batch_size is None
-            self.batch_size = batch_size or _fitting_batch(self.network, probe)
+            self.n_classes = logits(self.network, probe, 1).shape[1]
+            if self._may_shrink:
+                self.batch_size = _fitting_batch(self.network, probe)
+
+    def check_labels(self, labels: NDArray[np.int16], image_ids: Sequence[str]) -> None:
+        """Raise `UserError`, naming the image, unless all labels, int16 (image,), are the network's classes or -1."""
+        wrong = np.flatnonzero(labels >= self.n_classes)
+        if len(wrong):
+            raise UserError(
+                f"image {image_ids[wrong[0]]} has class index {labels[wrong[0]]}, but the network has {self.n_classes} "
+                f"classes (0 to {self.n_classes - 1}): the labels are another data set's"
+            )
 
     def __call__(
         self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str], reasons: Sequence[str]
@@ -82,14 +107,15 @@ class Attributor:
         -------
         Arrays, first dimension image: every computed variable of the store, and for the shard's record ``reason``
         ("" or why the image failed, which it also does where its map or outputs are not finite), ``in_top5`` (bool: the
-        label is among the five highest logits of the unmasked image), ``batch_size`` and ``seconds``.
+        label is among the five highest logits of the unmasked image), ``batch_size`` and ``seconds``. Of images that
+        failed, variables hold what they hold before they are built.
 
         Raises
         ------
-        UserError
-            A label is not one of the network's classes.
         ModelError
-            The network does not return (image, class).
+            The network fails, or gives another output when it sees an image again.
+        OutOfMemoryError
+            Batches of the size asked for, or of one, do not fit.
         """
         started = time.monotonic()
         count = len(pixels)
@@ -100,8 +126,11 @@ class Attributor:
         good = arrays["reason"] == ""
         if good.any():
             ids = [image_id for image_id, readable in zip(image_ids, good, strict=True) if readable]
-            for name, values in self._attribute_shrinking(pixels[good], labels[good], ids).items():
-                arrays[name][good] = values
+            attributed = self._attribute_shrinking(pixels[good], labels[good], ids)
+            built = attributed["reason"] == ""
+            arrays["reason"][good] = attributed.pop("reason")
+            for name, values in attributed.items():
+                arrays[name][arrays["reason"] == ""] = values[built]
         arrays["status"] = np.where(arrays["reason"] == "", BUILT, FAILED).astype(np.uint8)
         if self.spec.pixels:
             arrays["pixels"] = pixels
@@ -115,16 +144,17 @@ class Attributor:
         grey = self._normalise(np.full((1, 3, height, width), 128, np.uint8))
         for _ in range(2):
             started = time.monotonic()
-            integrated_gradients(
-                self.network,
-                grey,
-                torch.zeros_like(grey),
-                torch.zeros(1, dtype=torch.int64, device=self.device),
-                n_steps=self.batch_size,
-                output=self.spec.output,
-                precision=self.spec.precision,
-                batch_size=self.batch_size,
-            ).maps.cpu()
+            with self._failures():
+                integrated_gradients(
+                    self.network,
+                    grey,
+                    torch.zeros_like(grey),
+                    torch.zeros(1, dtype=torch.int64, device=self.device),
+                    n_steps=self.batch_size,
+                    output=self.spec.output,
+                    precision=self.spec.precision,
+                    batch_size=self.batch_size,
+                ).maps.cpu()
             seconds = time.monotonic() - started
         return self.batch_size / seconds
 
@@ -133,15 +163,31 @@ class Attributor:
     ) -> Arrays:
         while True:
             try:
-                return self._attribute(pixels, labels, image_ids)
-            except RuntimeError as error:
-                if not (self._may_shrink and self.batch_size > 1 and _is_out_of_memory(error)):
+                with self._failures():
+                    return self._attribute(pixels, labels, image_ids)
+            except OutOfMemoryError:
+                if not self._may_shrink or self.batch_size == 1:
                     raise
             # outside the handler, so that the failed batch's tensors are free
             self.batch_size = max(1, self.batch_size // 2)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             logger.warning("out of memory on %s: going on with batches of %d", self.device, self.batch_size)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What torch, or the code of a network, raises comes out as igstore's own error."""
+        try:
+            yield
+        except IgstoreError:
+            raise
+        except Exception as error:  # networks may raise anything
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"out of memory on {self.device} with batches of {self.batch_size}: give a smaller --batch-size, "
+                    "or leave it out to have it fitted"
+                ) from error
+            raise ModelError(f"the network failed ({type(error).__name__}: {first_line(error)})") from error
 
     def _attribute(self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str]) -> Arrays:
         spec = self.spec
@@ -151,8 +197,6 @@ class Attributor:
         )
         with numerics(spec.precision, self.device):
             scores = logits(self.network, x, self.batch_size).float()  # (image, class)
-        n_classes = scores.shape[1]
-        _check_labels(labels, image_ids, n_classes)
         prediction = scores.argmax(dim=1)
         label = torch.as_tensor(labels.astype(np.int64), device=self.device)
         target = label if spec.target == "label" else prediction
@@ -170,12 +214,13 @@ class Attributor:
             max_error=spec.max_error,
             max_steps=spec.max_steps,
         )
+        _check_same(select_output(scores, target, spec.output), found.output, image_ids)
         maps = found.maps.contiguous().cpu().numpy()
         finite = np.isfinite(maps).reshape(len(maps), -1).all(axis=1)
         finite &= (found.output.isfinite() & found.baseline_output.isfinite()).cpu().numpy()
         maps[~finite] = 0
         attribution, scale = to_float16(maps)
-        top5 = scores.topk(min(5, n_classes), dim=1).indices
+        top5 = scores.topk(min(5, self.n_classes), dim=1).indices
         return {
             "attribution": attribution,
             "scale": scale,
@@ -194,12 +239,15 @@ class Attributor:
         return normalise(on_device, self.spec.preprocessing).contiguous(memory_format=torch.channels_last)
 
 
-def _check_labels(labels: NDArray[np.int16], image_ids: Sequence[str], n_classes: int) -> None:
-    wrong = np.flatnonzero(labels >= n_classes)
-    if len(wrong):
-        raise UserError(
-            f"image {image_ids[wrong[0]]} has class index {labels[wrong[0]]}, but the network has {n_classes} classes "
-            f"(0 to {n_classes - 1}): the labels are another data set's"
+def _check_same(first: torch.Tensor, second: torch.Tensor, image_ids: Sequence[str]) -> None:
+    """Raise unless what the network gave for the images, (image,), is what it gave when it saw them again."""
+    first, second = first.double().cpu(), second.double().cpu()
+    different = ~torch.isclose(first, second, rtol=_NOISE, atol=_NOISE, equal_nan=True).numpy()
+    if different.any():
+        image = int(different.argmax())
+        raise ModelError(
+            f"the network gives {first[image]:.4g} and then {second[image]:.4g} for image {image_ids[image]}: "
+            "something in its forward pass is random, so its maps would be too; switch that off"
         )
 
 
@@ -210,6 +258,6 @@ def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
     return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     # torch has a class for CUDA's, and only a message for the CPU's
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -76,6 +76,7 @@ class MaskedBatches:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1 image")
         self._source = MaskedImages(store, images)
         self._source.check(*cells)
+        self._source.check_pixels()
         self._cells = tuple(cells)
         self._networks = (self._source.reader.spec.preprocessing, *networks)  # the store's own model is the first
         self._sizes = {network.crop for network in self._networks}

@@ -1,16 +1,18 @@
 """Carrying out a build: check it, make room for it, attribute what is missing, finish.
 
 Decoding runs ahead in threads, attribution in the main thread, writing behind in a thread of its own, so that the
-accelerator waits for neither. What is finished is kept: `igstore.staging` says how.
+accelerator waits for neither. What is finished is kept: `igstore.staging` says how. What was finished and has been
+damaged since is found by its checksums, and built again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,16 @@ from igstore.devices import find_device
 from igstore.errors import SettingsMismatchError, UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
+from igstore.presence import at_work, writing
 from igstore.progress import Progress
 from igstore.rank import rank_store
 from igstore.reader import StoreReader
+from igstore.repair import repair_store
 from igstore.schema import BUILT, FAILED, UNKNOWN_LABEL, BuildSpec, Preprocessing
 from igstore.shards import ShardWriter
 from igstore.store import create_store, extend_store, finish_store, write_shard
+
+logger = logging.getLogger(__name__)
 
 # Gradient evaluations in a unit, the work that a kill can cost: under a minute on two cores, about a second on a GPU.
 _UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
@@ -114,25 +120,49 @@ def run_build(
     build: Build, *, batch_size: int | None, workers: int | None, rank: bool, overwrite: bool, show_progress: bool
 ) -> None:
     """Carry out a planned build; parameters as `build_store`."""
-    started = time.monotonic()
+    if not overwrite and build.path.is_dir():
+        repair_store(build.path, build.spec, build.images, _attributes(build), show_progress=show_progress)
     there = None if overwrite else _begun_store(build)
     if there is None or _has_work(build, there):
         # before anything is written, since a network may turn out not to be a classifier of such images
         attributor = Attributor(build.classifier, build.spec, device=build.device, batch_size=batch_size)
-        store = _make_room(build, overwrite=overwrite)
-        jobs = _jobs(build, store)
-        with_failures = [shard for shard, record in store.records.items() if record["failed"]]
-        with Decoder(build.images, build.spec.preprocessing, workers) as decoder:
-            for shard in with_failures:
-                _retry_failed(build, store, shard, attributor, decoder)
-            _attribute_all(build, store, jobs, attributor, decoder, show_progress=show_progress)
-    staging.sweep(build.path)
-    store = StoreReader(build.path)
-    if not store.attributes["complete"]:
-        seconds = time.monotonic() - started + store.attributes["wall_seconds"]
-        finish_store(build.path, {"complete": True, "wall_seconds": round(seconds, 1), **provenance.versions()})
+        attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
+        _make_room(build, overwrite=overwrite)
+        with (
+            at_work(build.path) as presence,
+            Decoder(build.images, build.spec.preprocessing, workers) as decoder,
+        ):
+            if presence.others:
+                logger.warning(
+                    "somebody else is at work at %s: %s; going on beside them, and a shard is written by whoever has "
+                    "it first",
+                    build.path,
+                    ", ".join(presence.others),
+                )
+            _work(build, attributor, decoder, show_progress=show_progress)
+            presence.sweep()
+    elif staging.leftovers(build.path):
+        with at_work(build.path) as presence:
+            presence.sweep()
     if rank and build.spec.reduce != "none":
         rank_store(build.path, show_progress=show_progress)
+
+
+def _work(build: Build, attributor: Attributor, decoder: Decoder, *, show_progress: bool) -> None:
+    """Attribute what is not built yet, or failed, and say so in the store when all is done."""
+    started = time.monotonic()
+    store = StoreReader(build.path)
+    jobs = _jobs(build, store)
+    for shard, record in store.records.items():
+        if record["failed"]:
+            _retry_failed(build, store, shard, attributor, decoder)
+    _attribute_all(build, store, jobs, attributor, decoder, show_progress=show_progress)
+    store = StoreReader(build.path)
+    if store.is_complete:
+        staging.discard_units(build.path, 0, store.n_images)  # that somebody else kept of a shard that we finished
+    if store.is_complete and not store.attributes["complete"]:
+        seconds = time.monotonic() - started + store.attributes["wall_seconds"]
+        finish_store(build.path, {"complete": True, "wall_seconds": round(seconds, 1), **provenance.versions()})
 
 
 def _begun_store(build: Build) -> StoreReader | None:
@@ -150,34 +180,37 @@ def _begun_store(build: Build) -> StoreReader | None:
 
 
 def _has_work(build: Build, store: StoreReader) -> bool:
-    return not store.is_complete or bool(store.failed) or build.n_images > store.n_images
+    return not store.attributes["complete"] or bool(store.failed) or build.n_images > store.n_images
 
 
-def _make_room(build: Build, *, overwrite: bool) -> StoreReader:
+def _make_room(build: Build, *, overwrite: bool) -> None:
     """Create the store, or extend the one that was begun."""
     path, images = build.path, build.images.head(build.n_images)
     if overwrite and (path / "zarr.json").exists():
         StoreReader(path)  # raises where this is not a store, so that nothing else is ever removed
-        shutil.rmtree(path)
+        with at_work(path) as presence:
+            if presence.others:
+                raise UserError(
+                    f"{path} is not overwritten: somebody is at work there ({', '.join(presence.others)}); "
+                    "wait for them, or end that first"
+                )
+            shutil.rmtree(path)
     if not (path / "zarr.json").exists():
-        create_store(
-            path,
-            build.spec,
-            image_ids=images.ids,
-            labels=images.labels,
-            attributes={
-                "complete": False,
-                "wall_seconds": 0.0,
-                "class_names": list(images.class_names or ()),
-                "wnids": list(images.wnids or ()),
-                "device": provenance.device_name(build.device),
-                **provenance.versions(),
-            },
-        )
+        create_store(path, build.spec, image_ids=images.ids, labels=images.labels, attributes=_attributes(build))
     elif len(images) > StoreReader(path).n_images:
-        finish_store(path, {"complete": False})
         extend_store(path, image_ids=images.ids, labels=images.labels)
-    return StoreReader(path)
+
+
+def _attributes(build: Build) -> dict[str, Any]:
+    """What a new store says of itself, besides its settings."""
+    return {
+        "complete": False,
+        "wall_seconds": 0.0,
+        "class_names": list(build.images.class_names or ()),
+        "wnids": list(build.images.wnids or ()),
+        "device": provenance.device_name(build.device),
+        **provenance.versions(),
+    }
 
 
 def _jobs(build: Build, store: StoreReader) -> list[Job]:
@@ -201,16 +234,20 @@ def _attribute_all(
         ShardWriter(build.path, build.spec, store.image_ids, provenance.runtime(build.device)) as writer,
         Progress(store.n_images, done=before, label=build.spec.model, show=show_progress) as progress,
     ):
-        missing = []
-        for job in jobs:
-            staged = staging.load_unit(build.path, job.first, len(job))
-            # a unit in which an image failed is done again whole, in the same batches
-            if staged is None or (staged["status"] == FAILED).any():
-                missing.append(job)
-            else:
-                writer.add(job, staged, is_staged=True)
+
+        def missing() -> Iterator[Job]:
+            """The units that are neither staged nor, by somebody else since this build began, in a finished shard."""
+            for job in jobs:
+                staged = staging.load_unit(build.path, job.first, len(job))
+                # a unit in which an image failed is done again whole, in the same batches
+                if staged is not None and not (staged["status"] == FAILED).any():
+                    writer.add(job, staged, is_staged=True)
+                elif store.record(job.shard) is None:
+                    yield job
+                    continue
                 progress.skip(len(job))
-        for job, pixels, reasons in decoder.decode(missing):
+
+        for job, pixels, reasons in decoder.decode(missing()):
             arrays = attributor(pixels, *_listed(build, job), reasons)
             writer.add(job, arrays, is_staged=False)
             evaluations += int(arrays["n_steps"].sum())
@@ -247,7 +284,8 @@ def _retry_failed(build: Build, store: StoreReader, shard: int, attributor: Attr
             failed[build.images.ids[first + place]] = reason
     in_top5 = record["in_top5"] + sum(int(arrays["in_top5"][0]) for arrays in changed.values())
     kept = {name: value for name, value in record.items() if name not in ("shard", "images", "files")}
-    write_shard(build.path, build.spec, store.n_images, shard, whole, kept | {"failed": failed, "in_top5": in_top5})
+    with writing(build.path):
+        write_shard(build.path, build.spec, store.n_images, shard, whole, kept | {"failed": failed, "in_top5": in_top5})
 
 
 def _failed_places(store: StoreReader, first: int, last: int) -> list[int]:

@@ -86,14 +86,14 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         )
         self._source = MaskedImages(store, images)
         self._source.check(self.options)
+        self._source.check_pixels()
         self.transform = transform
         self.target_transform = target_transform
         self.return_mask = return_mask
         reader = self._source.reader
         self.indices = self._source.select(where)
         self._targets = reader.scalars("label")[self.indices]
-        self.classes: list[str] = reader.attributes.get("class_names", [])
-        self.wnids: list[str] = reader.attributes.get("wnids", [])
+        self.classes, self.wnids = self._source.class_lists()
         self._preprocessing = reader.spec.preprocessing
         self._description = _describe(reader)
 

@@ -47,5 +47,9 @@ class DamagedStoreError(IgstoreError, RuntimeError):
     """A store's contents contradict its records or its own layout."""
 
 
+class OutOfMemoryError(IgstoreError, MemoryError):
+    """A device has not enough memory for a batch."""
+
+
 class ModelError(IgstoreError, RuntimeError):
-    """A network does not behave as a classifier must (shape, finite outputs, finite gradients)."""
+    """A network fails, or does not behave as a classifier must (one row of scores an image, always the same)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,3 +141,44 @@ def ranking_name(score: str, block: int) -> str:
     if block < 1:
         raise UserError(f"block is {block}; it must be at least 1 pixel")
     return f"{score}-{block}"
+
+
+def ranking_parts(name: str) -> tuple[str, int] | None:
+    """Score and block of a ranking, from the name that `ranking_name` gave it; None where it is not such a name."""
+    score, _, block = name.rpartition("-")
+    is_name = score in get_args(Score) and re.fullmatch("[1-9][0-9]{0,8}", block)
+    return (score, int(block)) if is_name else None
+
+
+def record_mistake(record: object, shard: int, files: Iterable[str]) -> str:
+    """What makes a JSON value no record of a shard that consists of `files`; "" where nothing does."""
+    if not isinstance(record, dict):
+        return f"it is a {type(record).__name__}"
+    if record.get("shard") != shard:
+        return f"shard is {record.get('shard')!r:.40}, not {shard}"
+    for field, is_right in _RECORD_FIELDS.items():
+        if field in record and not is_right(record[field]):
+            return f"{field} is {record[field]!r:.40}"
+    if "images" not in record or set(record.get("files", ())) != set(files):
+        return "it does not say which images and files it is of"
+    return ""
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+# What readers rely on, where it is there.
+_RECORD_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "images": lambda bounds: isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_count, bounds)),
+    "files": lambda files: isinstance(files, dict) and all(map(_is_checksum, files.values())),
+    "failed": lambda failed: isinstance(failed, dict) and all(isinstance(reason, str) for reason in failed.values()),
+    "in_top5": _is_count,
+    "evaluations": _is_count,
+    "seconds": lambda seconds: type(seconds) in (int, float) and 0 <= seconds < 2**63,
+    "device": lambda device: isinstance(device, str),
+}
+
+
+def _is_checksum(value: object) -> bool:
+    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)

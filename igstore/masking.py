@@ -165,26 +165,25 @@ class MaskedImages:
             )
         return np.flatnonzero(chosen & (self.reader.status == BUILT))
 
-    def check(self, *cells: MaskOptions, pixels: bool = True) -> None:
-        """Open what these masks need, so that what is missing is told now.
-
-        Raises
-        ------
-        StoreNotFoundError
-            Not every built image has the ranks; the message names the command that makes them.
-        UserError
-            `pixels` are wanted, and not there for every built image; see `igstore.pixels.open_pixels`.
-        """
+    def check(self, *cells: MaskOptions) -> None:
+        """Raise `StoreNotFoundError`, naming the command to run, unless every built image has the ranks they need."""
         for options in cells:
             self._ranking(options)
-        if pixels:
-            _ = self._pixels
+
+    def check_pixels(self) -> None:
+        """Raise `UserError` unless there are pixels of every built image; see `igstore.pixels.open_pixels`."""
+        _ = self._pixels
+
+    def class_lists(self) -> tuple[list[str], list[str]]:
+        """Class names and wnids by class index; empty where the store does not know them."""
+        attributes = self.reader.attributes
+        return attributes.get("class_names", []), attributes.get("wnids", [])
 
     def _ranking(self, options: MaskOptions) -> RankingReader:
         name = options.ranking
         if name not in self._rankings:
             ranking = self.reader.ranking(name)
-            unranked = unranked_shards(self.reader, ranking)
+            unranked = self.reader.records.keys() - ranking.records.keys()
             if unranked:
                 raise StoreNotFoundError(
                     f"the ranking {name} of {self.path} lacks {len(unranked)} of the {len(self.reader.records)} shards "
@@ -239,14 +238,3 @@ class MaskedImages:
         """Masked pixels, uint8 (image, channel, y, x), and their masks, bool (image, y, x)."""
         pixels, visible = self.pixels(images), self.masks(images, options)
         return masks.apply(pixels, visible, self.fill(images, pixels, options)), visible
-
-
-def unranked_shards(store: StoreReader, ranking: RankingReader) -> list[int]:
-    """Built shards whose maps, as they are now, have no ranks in this ranking."""
-    n_dims = len(layout.variables(store.spec)["attribution"].dims)
-    unranked = []
-    for shard, record in store.records.items():
-        now = record["files"][layout.shard_file("attribution", shard, n_dims)]["sha256"]
-        if shard not in ranking.records or ranking.records[shard].get("attribution_sha256") != now:
-            unranked.append(shard)
-    return unranked

@@ -47,7 +47,7 @@ class Presence:
             staging.sweep(self._store)
 
     def _is_alone(self) -> bool:
-        """Whether nobody else is at work; if so nobody comes in before this process leaves, or shares its lock again."""
+        """Whether nobody else is; then nobody comes in before this process leaves, or shares its lock again."""
         return _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,17 @@ import dask
 import numpy as np
 from dask.callbacks import Callback
 
-from igstore import cli, files, layout
+from igstore import __version__, cli, files, layout
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, block_ranks, block_shares, block_sums, check_block
 from igstore.errors import DamagedStoreError, UserError
+from igstore.integrity import withdraw_damaged
+from igstore.presence import at_work
 from igstore.progress import Progress
 from igstore.reader import ImageArray, StoreReader
 from igstore.schema import BuildSpec, Score
 from igstore.store import create_ranking, write_rank_shard
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 32  # images in memory at a time, besides the ranks and shares of the shard
 
@@ -86,22 +91,25 @@ def rank_store(
     if not reader.records:
         raise UserError(f"no shard of {reader.root} is finished: there is nothing to rank; go on with `igstore build`")
     sizes = {shard: record["images"][1] - record["images"][0] for shard, record in reader.records.items()}
+    if name in reader.rankings:
+        for finding in withdraw_damaged(reader.ranking(name), label=f"checking {name}", show_progress=show_progress):
+            logger.warning("%s; ranking the shard again", finding)
     shards = _unranked(reader, name)
     ranked = sum(sizes[shard] for shard in shards)
     unchanged = sum(sizes.values()) - ranked
-    with (
-        _client(scheduler) as client,
-        Progress(ranked + unchanged, done=unchanged, label=name, show=show_progress) as progress,
-    ):
-        if shards or not _is_as_long(reader, name):
-            create_ranking(reader.root, name, block=block, attributes=_attributes(reader.spec, score, block))
-        # workers may have another working folder
-        root = str(reader.root.absolute())
-        tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
-        _compute(tasks, client, progress.advance)
-    for folder in ("ranks", "records"):
-        for leftover in (reader.root / folder / name).rglob(f"*{files.PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+    reader.array("attribution")  # raises unless its layout is the store's, before anything is written
+    with _client(scheduler) as client:
+        create_ranking(reader.root, name, block=block, attributes=_attributes(reader.spec, score, block))
+        if shards:
+            with (
+                at_work(reader.root) as presence,
+                Progress(ranked + unchanged, done=unchanged, label=name, show=show_progress) as progress,
+            ):
+                # workers may have another working folder
+                root = str(reader.root.absolute())
+                tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
+                _compute(tasks, client, progress.advance)
+                presence.sweep()
     return RankingSummary(name, ranked, unchanged, tuple(reader.missing_shards))
 
 
@@ -111,22 +119,10 @@ def _unranked(store: StoreReader, name: str) -> list[int]:
     return [shard for shard in store.records if shard not in done]
 
 
-def _is_as_long(store: StoreReader, name: str) -> bool:
-    """Whether the ranking's arrays are as long as the store, which may have been extended since."""
-    return all(len(store.ranking(name).array(array)) == store.n_images for array in ("rank", "share"))
-
-
 def _attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any]:
     """What a reader of the ranking alone has to know, to recompute it and to lay its blocks over the pixels."""
-    from igstore import __version__
-
-    return {
-        "format_version": spec.format_version,
-        "igstore_version": __version__,
-        "score": score,
-        "block": block,
-        "crop": list(spec.preprocessing.crop),
-    }
+    crop = list(spec.preprocessing.crop)
+    return {"format_version": spec.format_version, "score": score, "block": block, "crop": crop}
 
 
 def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> int:
@@ -136,6 +132,12 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     record = store.record(shard)
     if record is None:
         raise DamagedStoreError(f"shard {shard} of {root} is being written; rank again when the build is done")
+    file = store.shard_files(shard)["attribution"]
+    if files.checksum(store.root / file) != record["files"][file]:
+        raise DamagedStoreError(
+            f"{store.root / file} has changed since it was written, or is being written again; run the build again, "
+            "which repairs it, then rank"
+        )
     maps = ImageArray(store.root, "attribution", is_done=lambda _: True).shard(shard)  # (image, [channel,] y, x)
     first = record["images"][0]
     grid = block_grid(*store.spec.preprocessing.crop, block)
@@ -154,7 +156,7 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
             ) from error
         arrays["rank"][batch] = ranks
         arrays["share"][batch] = block_shares(sums, ranks)
-    provenance = {"attribution_sha256": store.attribution_sha256(record)}
+    provenance = {"attribution_sha256": store.attribution_sha256(record), "versions": {"igstore": __version__}}
     write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
     return len(maps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Sequence
@@ -93,15 +94,20 @@ def show_store(
     UserError
         There is no such image, or it is not built, or as `masked_view`.
     """
+    options: dict[str, Any] = {"select": select, "score": score, "block": block, "fill": fill, "order": order}
     every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
     if not every_p:
         raise UserError("p is empty; give a number from 0 to 100, or several")
-    options = {"select": select, "score": score, "block": block, "fill": fill, "order": order, "seed": seed}
-    cells = {keep: [MaskOptions(p=one, keep=keep, **options) for one in every_p] for keep in _KEEPS}  # type: ignore[arg-type]
+    cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
     source = MaskedImages(store, images)
-    source.check(cells["top"][0])  # cells differ in p and keep alone
-    chosen = _spread(source.built, _FEW) if image is None else _find(source, image)
-    return _draw([_strip(source, one, cells) for one in chosen], _notes(source.reader, cells["top"][0]))
+    source.check(*cells)
+    return picture_of(source, _spread(source.built, _FEW) if image is None else _find(source, image), cells)
+
+
+def picture_of(source: MaskedImages, images: Images, cells: Sequence[MaskOptions]) -> Image.Image:
+    """As `show_store`, of images by their number in the store, under masks that differ in p alone; of both sides."""
+    strips = [_strip(source, image, cells) for image in images.tolist()]
+    return _draw(strips, _notes(source.reader, cells[0]))
 
 
 def _spread(images: Images, n: int) -> Images:
@@ -156,18 +162,18 @@ def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
     return expand(blocks, height, width, block).transpose(1, 2, 0)
 
 
-def _strip(source: MaskedImages, image: int, cells: dict[Keep, list[MaskOptions]]) -> Strip:
+def _strip(source: MaskedImages, image: int, cells: Sequence[MaskOptions]) -> Strip:
     one = np.array([image])
     attribution = source.reader.array("attribution").read(one)[0]  # (y, x) or (channel, y, x)
     leading = {
         "top": Panel("original", source.pixels(one)[0].transpose(1, 2, 0)),
-        "bottom": Panel("attribution", heat_map(attribution, cells["top"][0].block)),
+        "bottom": Panel("attribution", heat_map(attribution, cells[0].block)),
     }
     rows = []
     for keep in _KEEPS:
         row = [leading[keep]]
-        for cell in cells[keep]:
-            pixels, visible = source.masked(one, cell)
+        for cell in cells:
+            pixels, visible = source.masked(one, dataclasses.replace(cell, keep=keep))
             caption = f"{keep}, p={cell.p:g}: {_percent(visible[0].mean())} visible"
             row.append(Panel(caption, pixels[0].transpose(1, 2, 0)))
         rows.append(row)

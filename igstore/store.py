@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.buffer import cpu
-from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from igstore import files, layout
@@ -115,8 +112,7 @@ def lay_out_store(
                 file.unlink(missing_ok=True)  # zarr would read what it overwrites in part
                 array[of_shard] = values[of_shard]
     # readers go by the root's number of images, so it comes last; until then the arrays are only longer than it says
-    _write_documents(path, {_ROOT: root})
-    consolidate(path)
+    consolidate(path, root)
 
 
 def write_shard(path: Path, spec: BuildSpec, n_images: int, shard: int, arrays: Arrays, record: dict[str, Any]) -> None:
@@ -176,24 +172,32 @@ def write_rank_shard(
 def finish_store(path: Path, attributes: Mapping[str, Any]) -> None:
     """Add attributes that are known at the end, and consolidate the metadata; doing it twice is harmless."""
     store = StoreReader(path)
-    root = metadata(store.spec, store.n_images, {**store.attributes, **attributes})[_ROOT]
-    _write_documents(path, {_ROOT: root})
-    consolidate(path)
+    consolidate(path, metadata(store.spec, store.n_images, {**store.attributes, **attributes})[_ROOT])
 
 
-def consolidate(path: Path) -> None:
-    """Gather all metadata in the root's, which is where readers over HTTP look, since they cannot list."""
-    documents: dict[str, Any] = {name: cpu.Buffer.from_bytes((path / name).read_bytes()) for name in metadata_files(path)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # consolidation is not yet in the v3 standard
-        zarr.consolidate_metadata(MemoryStore(documents), zarr_format=3)
-    files.write_atomically(path / _ROOT, documents[_ROOT].to_bytes())
+def consolidate(path: Path, root: bytes | None = None) -> None:
+    """Gather all metadata in the root's, which is where readers over HTTP look, since they cannot list.
+
+    Parameters
+    ----------
+    path
+        The store.
+    root
+        What the root's own metadata say from now on; None leaves them.
+    """
+    document = json.loads((path / _ROOT).read_bytes() if root is None else root)
+    document["consolidated_metadata"] = consolidated(path)
+    if read_json(path / _ROOT) != document:
+        files.write_json(path / _ROOT, document)
 
 
-def metadata_files(path: Path) -> list[str]:
-    """The files that hold metadata in a store, relative to its root: of the root group first, then of what is in it."""
-    found = [file for pattern in ("*", "ranks/*", "ranks/*/*") for file in sorted(path.glob(f"{pattern}/zarr.json"))]
-    return [_ROOT, *(file.relative_to(path).as_posix() for file in found)]
+def consolidated(path: Path) -> dict[str, Any]:
+    """The copy of all other metadata that the root's must hold, in the form that zarr gives it."""
+    patterns = ("*/zarr.json", "ranks/*/zarr.json", "ranks/*/*/zarr.json")
+    found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+    documents = {file.parent.relative_to(path).as_posix(): read_json(file) for file in found}
+    intact = {name: document for name, document in documents.items() if document is not None}
+    return {"kind": "inline", "must_understand": False, "metadata": intact}
 
 
 def metadata(spec: BuildSpec, n_images: int, attributes: Mapping[str, Any]) -> dict[str, bytes]:
@@ -252,19 +256,16 @@ def _documents(
 def _write_documents(path: Path, documents: Mapping[str, bytes]) -> None:
     """Write those files of metadata that do not say what they must."""
     for name, content in documents.items():
-        if read_document(path / name) != json.loads(content):
+        if read_json(path / name) != json.loads(content):
             files.write_atomically(path / name, content)
 
 
-def read_document(path: Path) -> Any:
-    """What a file of metadata says, the consolidated copy of others' apart; None where it is not there or not JSON."""
+def read_json(path: Path) -> Any:
+    """What a JSON file says; None where it is not there, or not JSON."""
     try:
-        document = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    if isinstance(document, dict):
-        document.pop("consolidated_metadata", None)
-    return document
 
 
 def _holds(file: Path, array: zarr.Array[Any], images: slice, values: NDArray[Any]) -> bool:

@@ -66,7 +66,7 @@ def article_tables(rows: Sequence[Row]) -> list[Table]:
     by side at p=50, or at the middle one where that is missing. A table without rows is left out.
     """
     tables = []
-    for masks, of_masks in grouped(rows, masks_of).items():
+    for masks, of_masks in grouped(rows, describer(rows)).items():
         for number, keep in enumerate(_SHOWN, start=1):
             kept = [row for row in of_masks if row.keep == keep]
             if kept:
@@ -131,13 +131,21 @@ def _top_against_bottom(masks: str, sides: dict[str, dict[float, tuple[Row, Row]
     )
 
 
-def masks_of(row: Row) -> str:
-    """Whose masks a row is of, how they were made, and what p means; the p itself and the order are left out."""
-    made_by = "own masks" if row.is_own else f"masks of {row.store_model}"
-    return (
-        f"{made_by[0].upper()}{made_by[1:]} ({row.baseline} baseline, {row.target} as target, {row.n_steps} steps); "
-        f"p by {row.select}, {row.score} scores of {row.block}x{row.block} blocks; {row.fill} fill."
-    )
+def describer(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What to say of a row's masks: whose they are, how they were made, and what p means; not which p or order.
+
+    They are a model's own where these rows show them to nobody else.
+    """
+    shared = {row.store_settings_sha256 for row in rows if not row.is_own}
+
+    def describe(row: Row) -> str:
+        whose = f"Masks of {row.store_model}" if row.store_settings_sha256 in shared else "Own masks"
+        return (
+            f"{whose} ({row.baseline} baseline, {row.target} as target, {row.n_steps} steps); "
+            f"p by {row.select}, {row.score} scores of {row.block}x{row.block} blocks; {row.fill} fill."
+        )
+
+    return describe
 
 
 def labeller(rows: Sequence[Row]) -> Callable[[Row], str]:

@@ -61,7 +61,7 @@ def open_store(store: Store) -> xr.Dataset:
     SettingsMismatchError
         It is not a store of this format version.
     """
-    reader = store if isinstance(store, StoreReader) else StoreReader(Path(store).expanduser())
+    reader = store if isinstance(store, StoreReader) else StoreReader(Path(store).expanduser().absolute())
     images = np.arange(reader.n_images)
     true_scale = np.where(reader.status == BUILT, reader.scalars("scale"), np.float32(np.nan))
     data = {}
@@ -123,6 +123,7 @@ def masked_view(
     """
     options = {"keep": keep, "select": select, "score": score, "block": block, "fill": fill, "order": order}
     source = MaskedImages(store, images)
+    source.check_pixels()
     inner = dict(zip((CHANNEL, Y, X), (3, *source.size), strict=True))
     return _view("masked", source, p, options | {"seed": seed}, _read_masked, inner, np.uint8)
 
@@ -167,7 +168,7 @@ def _view(
     cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
     if not cells:
         raise UserError("p is empty; give a number from 0 to 100, or several")
-    source.check(*cells, pixels=CHANNEL in inner)
+    source.check(*cells)
     images, shape = source.built, tuple(inner.values())
     layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]
     chunks = _chunks(source.reader, images)
@@ -273,7 +274,7 @@ def _coordinates(reader: StoreReader, images: Images) -> xr.Coordinates:
     }
     for name, attribute in (("wnid", "wnids"), ("class_name", "class_names")):
         known = np.array([*reader.attributes.get(attribute, ()), ""], dtype=np.str_)  # the last one is for unknown
-        places = np.where((labels == UNKNOWN_LABEL) | (labels >= len(known) - 1), -1, labels)
+        places = np.where(labels < len(known) - 1, labels, UNKNOWN_LABEL)
         coordinates[name] = xr.Variable(IMAGE, known[places])
     return xr.Dataset(coords=coordinates).set_xindex("label", LabelIndex).coords
 

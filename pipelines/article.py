@@ -28,7 +28,7 @@ from igstore.reader import StoreReader
 from igstore.report import read_rows
 from igstore.results import Row, settings_sha256
 from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
-from igstore.tables import Table, article_tables, grouped, images_of, masks_of, percent
+from igstore.tables import Table, article_tables, describer, grouped, images_of, percent
 
 P = (90.0, 70.0, 50.0, 30.0)
 CELLS = [MaskOptions(p=p, keep=keep) for keep, p in product(get_args(Keep), P)]
@@ -142,7 +142,7 @@ def beside_the_article(rows: Sequence[Row]) -> list[Table]:
                 for model, of_model in grouped(known, lambda row: row.model).items()
             )
             header = ("model", "unmasked", *(f"p={p:g}" for p in P))
-            tables.append(Table(title, masks_of(known[0]), header, groups))
+            tables.append(Table(title, describer(rows)(known[0]), header, groups))
     return tables
 
 

@@ -31,10 +31,11 @@ CELLS = [
         (0, 40, 100), ("top", "bottom"), SELECTIONS, FILLS, ("attribution", "random")
     )
 ]
-# other sizes, larger and smaller; the same size with another normalisation
+# other sizes, larger, smaller, and so small that blocks are skipped; the same size with another normalisation
 NETWORKS = [
     Preprocessing(resize=None, crop=(31, 35), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     Preprocessing(resize=None, crop=(17, 15), mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3)),
+    Preprocessing(resize=None, crop=(4, 3), mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3)),
     Preprocessing(resize=12, crop=(23, 26), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)),
 ]
 
@@ -148,6 +149,7 @@ def test_other_networks_see_resized_pixels_under_the_nearest_mask(
         pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in pixels]
         resized = torch.stack([pil_to_tensor(resize(picture, list(network.crop))) for picture in pictures])
     (batch,) = MaskedBatches(store, CELLS, networks=NETWORKS, device=device)
+    own, own_masked = batch.unmasked(), batch.masked(CELLS[0])
     assert torch.equal(batch.unmasked(network).cpu(), normalise(resized, network))
     context = FillContext(tuple(ds.attrs["mean"]), image_ids(N), 3)
     for cell in CELLS:
@@ -158,6 +160,8 @@ def test_other_networks_see_resized_pixels_under_the_nearest_mask(
         assert torch.equal(batch.masked(cell, network).cpu(), expected), cell
         visible = batch.visible(cell, network).cpu()
         torch.testing.assert_close(visible, nearest_mask.double().mean((1, 2, 3)), rtol=1e-15, atol=0)
+    assert torch.equal(batch.unmasked(), own)
+    assert torch.equal(batch.masked(CELLS[0]), own_masked)
 
 
 @pytest.mark.parametrize(("length", "wanted"), [(224, 299), (299, 224), (224, 240), (224, 224), (5, 2), (2, 5), (1, 7)])

@@ -119,6 +119,8 @@ def test_reading_many_is_reading_each(store: Path) -> None:
 def test_there_is_no_such_item(position: int, store: Path) -> None:
     with pytest.raises(IndexError):
         MaskedImageNet(store)[position]
+    with pytest.raises(TypeError):
+        MaskedImageNet(store)[1.5]
 
 
 def test_iteration_ends(store: Path) -> None:

@@ -17,7 +17,8 @@ errors schema files progress cli
 quadrature blocks masks memory acceleration imagenet images normalisation weights baselines
 models attribution layout
 reader store
-staging decoding pixels masking
+integrity repair
+staging presence decoding pixels masking
 views dataset batches
 devices provenance attributor shards proportions results tables
 info rank verify
@@ -27,8 +28,8 @@ showing report evaluate show view
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store staging decoding
-pixels masking views info rank verify
+errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store integrity repair
+staging presence decoding pixels masking views info rank verify
 """.split()
 
 

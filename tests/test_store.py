@@ -190,7 +190,7 @@ def test_anything_but_a_whole_shard_is_refused_and_nothing_is_written(path, spoi
 
 
 def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
-    monkeypatch.setattr("igstore.store.consolidate", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("igstore.store.consolidate", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         make(path)
     assert list(path.parent.iterdir()) == []

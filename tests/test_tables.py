@@ -128,12 +128,20 @@ def test_models_under_their_own_masks_share_a_table() -> None:
     assert [group[0][0] for group in table.groups] == ["resnet50", "vgg16"]
 
 
-def test_other_masks_are_in_tables_of_their_own() -> None:
-    notes = [
-        table.note for table in article_tables(rows(store_weights_sha256=["a" * 64, "c"], select=["mass", "count"]))
+def test_other_settings_are_in_tables_of_their_own() -> None:
+    notes = [table.note for table in article_tables(rows(select=["mass", "count"], fill=["black", "mean"]))]
+    assert [note.split(";", 1)[1] for note in notes] == [
+        f" p by {select}, positive scores of 3x3 blocks; {fill} fill."
+        for select in ("mass", "count")
+        for fill in ("black", "mean")
     ]
-    assert len(set(notes)) == 4
-    assert sum(note.startswith("Masks of resnet50") for note in notes) == 2
+
+
+def test_masks_that_are_shown_to_others_are_nobodys_own() -> None:
+    other = dataclasses.replace(ROW, model="vgg16", weights_sha256="c")
+    [table] = article_tables([ROW, other])
+    assert table.note.startswith("Masks of resnet50 (black baseline, prediction as target, 50 steps)")
+    assert [group[0][0] for group in table.groups] == ["resnet50", "vgg16"]
 
 
 @pytest.mark.parametrize(

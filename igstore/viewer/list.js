@@ -83,13 +83,14 @@ export class ImageList {
     };
     const label = this._catalogue.className(labels[index]) || "no label";
     const predicted = this._catalogue.className(predictions[index]);
-    add("row-name", isWrong ? `${label} → ${predicted}` : labels[index] < 0 ? `no label → ${predicted}` : label);
+    const isSurprise = isWrong || (labels[index] < 0 && predicted);
+    add("row-name", isSurprise ? `${label} → ${predicted}` : label);
     if (this._catalogue.isBuilt(index)) {
-      add(isWrong === null ? "mark" : isWrong ? "mark wrong" : "mark right", isWrong === null ? "" : isWrong ? "✗" : "✓");
+      add(...{ true: ["wrong", "✗"], false: ["right", "✓"], null: ["", ""] }[isWrong]);
       add("row-id", ids[index]);
       add("row-error", percent(errors[index]));
     } else {
-      add("mark wrong", "failed");
+      add("wrong", "failed");
       add("row-id", ids[index]);
     }
     return row;

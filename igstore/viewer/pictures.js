@@ -3,33 +3,34 @@
 import { expand } from "./masks.js";
 
 // Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
-export const FOR_TARGET = [213, 94, 0];
-export const AGAINST_TARGET = [0, 114, 178];
+const FOR_TARGET = [213, 94, 0];
+const AGAINST_TARGET = [0, 114, 178];
 const FULL_COLOUR = 0.99; // this quantile of an image's absolute values and all above it get the full colour
 
 const VISIBLE = [240, 240, 240]; // of a mask without pixels
 const HIDDEN = [32, 32, 32];
 
-function picture(height, width, colourOf) {
+// The picture whose pixel `place`, counted row by row, has the value `valueOf(channel, place)` in each channel.
+function picture([height, width], valueOf) {
   const image = new ImageData(width, height);
   for (let place = 0; place < height * width; place++) {
-    const [red, green, blue] = colourOf(place);
-    image.data.set([red, green, blue, 255], 4 * place);
+    for (let channel = 0; channel < 3; channel++) image.data[4 * place + channel] = valueOf(channel, place);
+    image.data[4 * place + 3] = 255; // opaque
   }
   return image;
 }
 
 // Pixels (channel, y, x); where `visible` (y, x) is given, those that it hides have the colour `fill`.
-export function photograph(pixels, [height, width], visible = null, fill = null) {
-  const size = height * width;
-  return picture(height, width, (place) =>
-    visible && !visible[place] ? fill : [pixels[place], pixels[size + place], pixels[2 * size + place]],
+export function photograph(pixels, size, visible = null, fill = null) {
+  const area = size[0] * size[1];
+  return picture(size, (channel, place) =>
+    !visible || visible[place] ? pixels[channel * area + place] : fill[channel],
   );
 }
 
 // A mask alone: light where visible.
-export function maskPicture(visible, [height, width]) {
-  return picture(height, width, (place) => (visible[place] ? VISIBLE : HIDDEN));
+export function maskPicture(visible, size) {
+  return picture(size, (channel, place) => (visible[place] ? VISIBLE : HIDDEN)[channel]);
 }
 
 // A map (y, x), or (channel, y, x) which is summed first, in sums over blocks: vermillion where it speaks for the
@@ -39,10 +40,10 @@ export function heatMap(attribution, [height, width], block) {
   const strengths = Float64Array.from(sums, Math.abs).sort();
   const full = quantile(strengths, FULL_COLOUR) || strengths.at(-1) || 1;
   const values = expand(sums, height, width, block);
-  const image = picture(height, width, (place) => {
+  const image = picture([height, width], (channel, place) => {
     const strength = Math.min(Math.abs(values[place]) / full, 1);
     const colour = values[place] > 0 ? FOR_TARGET : AGAINST_TARGET;
-    return colour.map((part) => Math.round(255 + (part - 255) * strength));
+    return Math.round(255 + (colour[channel] - 255) * strength);
   });
   return { image, full };
 }

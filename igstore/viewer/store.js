@@ -5,7 +5,7 @@ import { FetchStore, get, isZarritaError, open, root, slice, withConsolidatedMet
 const FORMAT_VERSION = 1;
 export const [NOT_BUILT, BUILT, FAILED] = [0, 1, 2]; // `status` of an image
 const REQUESTS = 32; // under way at a time
-const REMEMBERED = 24; // images of which what was read is kept, for going back and forth
+const REMEMBERED = 32; // things read that are kept, of each kind, for going back and forth
 
 // Something to tell the user: what is the matter, and what to do about it. `isFatal` where nothing can be shown at all.
 export class StoreError extends Error {
@@ -45,21 +45,21 @@ async function fetchInTurn(request) {
 }
 
 async function fetchPart(request) {
+  const { origin } = new URL(request.url);
   let response;
   try {
     response = await fetchInTurn(request);
   } catch {
     throw new StoreError(
-      `No answer from ${new URL(request.url).origin}.`,
+      `No answer from ${origin}.`,
       "Is `igstore view` still running? A store on another host must allow this page to read it (CORS).",
       { isFatal: true },
     );
   }
-  if (request.headers.has("Range") && (response.status === 200 || response.status === 416)) {
+  if (request.headers.has("Range") && response.status === 200) {
     await response.body?.cancel();
     throw new StoreError(
-      `The server of ${request.url} does not send parts of files (it answered ${response.status} to a range request), ` +
-        "and without that no single image can be read from the store.",
+      `The server at ${origin} does not send parts of files, and without that no single image can be read.`,
       "Use `igstore view STORE`, or a web server with range support, such as nginx, Caddy or an S3 bucket; " +
         "`python -m http.server` has none.",
       { isFatal: true },
@@ -73,7 +73,7 @@ class PartStore extends FetchStore {
     super(url, { fetch: fetchPart });
   }
 
-  // Only shards are read in parts, and only those that their record says are there.
+  // Only what must be there is read in parts: shards that have a record.
   async getRange(key, range, options) {
     const bytes = await super.getRange(key, range, options);
     const expected = range.length ?? range.suffixLength;
@@ -122,6 +122,8 @@ export class Store {
         { isFatal: true },
       );
     }
+    // tells at once whether the server sends parts; the browser's cache, which has this file by now, would pretend so
+    await files.getRange("/zarr.json", { offset: 0, length: 1 }, { cache: "no-store" });
     const store = new Store(url, files, nodes, group.attrs);
     store.ids = await store.column("image_id");
     return store;
@@ -138,9 +140,11 @@ export class Store {
     this._arrays = new Set([...kinds.keys()].filter((path) => kinds.get(path) === "array"));
     // the names of the rankings, such as positive-3
     this.rankings = [...this._arrays].map((path) => path.match(/^\/ranks\/(.+)\/share$/)?.[1]).filter(Boolean).sort();
+    this._array = remembering((name) => open.v3(root(nodes).resolve(name), { kind: "array" })); // with its shards' indexes
     this._record = remembering((path) => this._readJson(path));
+    this._shard = remembering((key) => this._readShard(...key.split(" ")));
     this.image = remembering((index) => this._readImage(index));
-    this._ranks = remembering((key) => this._readRanks(...JSON.parse(key)));
+    this._ranks = remembering((key) => this._readRanks(...key.split(" ")));
   }
 
   has(name) {
@@ -148,14 +152,13 @@ export class Store {
   }
 
   // A per-image variable, whole.
-  async column(name) {
-    const values = await this._read(name, null);
-    return values.slice(0, this.nImages); // an array that is being extended may be longer
+  column(name) {
+    return this._read(name, 0, this.nImages); // an array that is being extended may be longer
   }
 
   // rank and share (block_y * block_x) of an image that is built.
   ranks(index, ranking) {
-    return this._ranks(JSON.stringify([index, ranking]));
+    return this._ranks(`${index} ${ranking}`);
   }
 
   // What is stored of one image: {pixels, attribution} or null for what the store does not hold, and its scalars.
@@ -166,26 +169,35 @@ export class Store {
     }
     const reason = new Map(Object.entries(record.failed)).get(this.ids[index]);
     if (reason !== undefined) throw new StoreError(`This image could not be attributed: ${reason}.`);
-    const names = ["pixels", "attribution", "scale", "output", "baseline_output", "n_steps"];
-    const [pixels, attribution, ...scalars] = await Promise.all(
-      names.map((name) => (this.has(name) ? this._read(name, index) : null)),
-    );
-    const values = names.slice(2).map((name, place) => [name, scalars[place]?.[0] ?? null]);
+    const { shard_size } = this.attributes;
+    const maps = ["pixels", "attribution"].map((name) => (this.has(name) ? this._read(name, index, index + 1) : null));
+    const scalars = ["scale", "output", "baseline_output", "n_steps"].map(async (name) => {
+      const values = await this._shard(`${name} ${Math.floor(index / shard_size)}`);
+      return [name, values[index % shard_size]];
+    });
+    const [pixels, attribution, ...values] = await Promise.all([...maps, ...scalars]);
     return { pixels, attribution, ...Object.fromEntries(values) };
   }
 
-  async _readRanks(index, ranking) {
-    const [score, block] = [ranking.slice(0, ranking.lastIndexOf("-")), ranking.slice(ranking.lastIndexOf("-") + 1)];
-    const unranked = new StoreError(
-      `This image has no ranks in ${ranking}, or its map is newer than they are.`,
-      `Make them with \`igstore rank ${this.name} --score ${score} --block ${block}\`.`,
-    );
+  // A per-image variable, of one shard.
+  _readShard(name, shard) {
+    const { shard_size } = this.attributes;
+    return this._read(name, shard * shard_size, (Number(shard) + 1) * shard_size);
+  }
+
+  async _readRanks(number, ranking) {
+    const index = Number(number);
+    const [, score, block] = ranking.match(/^(.*)-(\d+)$/) ?? [null, ranking, ""];
+    const unranked = (message) =>
+      new StoreError(message, `Make them with \`igstore rank ${this.name} --score ${score} --block ${block}\`.`);
+    if (!this.rankings.includes(ranking)) throw unranked(`This store has no ranks ${ranking}, and so no masks of them.`);
     const [built, ranked] = await Promise.all([this._shardRecord(index), this._shardRecord(index, ranking)]);
-    if (!built || !ranked) throw unranked;
-    const maps = Object.keys(built.files).find((file) => file.startsWith("attribution/"));
-    if (maps && ranked.attribution_sha256 !== built.files[maps].sha256) throw unranked;
+    const maps = Object.keys(built?.files ?? {}).find((file) => file.startsWith("attribution/"));
+    if (!built || !ranked || (maps && ranked.attribution_sha256 !== built.files[maps].sha256)) {
+      throw unranked(`This image has no ranks ${ranking}, or its map is newer than they are.`);
+    }
     const [rank, share] = await Promise.all(
-      ["rank", "share"].map((name) => this._read(`ranks/${ranking}/${name}`, index)),
+      ["rank", "share"].map((name) => this._read(`ranks/${ranking}/${name}`, index, index + 1)),
     );
     return { rank, share, block: Number(block) };
   }
@@ -205,12 +217,11 @@ export class Store {
     return bytes ? JSON.parse(new TextDecoder().decode(bytes)) : null;
   }
 
-  // The values of an array: of one image, or all where the index is null.
-  async _read(name, index) {
-    const array = await open.v3(root(this._nodes).resolve(name), { kind: "array" });
-    const images = index === null ? null : slice(index, index + 1);
+  // The values of an array for the images from `first` to before `stop`, one after the other.
+  async _read(name, first, stop) {
+    const array = await this._array(name);
     try {
-      const { data } = await get(array, [images, ...array.shape.slice(1).map(() => null)]);
+      const { data } = await get(array, [slice(first, stop), ...array.shape.slice(1).map(() => null)]);
       return numbers(data, array.dtype);
     } catch (error) {
       if (!isZarritaError(error)) throw error;

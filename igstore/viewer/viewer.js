@@ -42,7 +42,8 @@ class Page {
   constructor(store, catalogue) {
     this.store = store;
     this.catalogue = catalogue;
-    this.usualRanking = store.rankings.includes(USUAL_RANKING) ? USUAL_RANKING : (store.rankings[0] ?? null);
+    const { rankings } = store;
+    this.usualRanking = rankings.includes(USUAL_RANKING) ? USUAL_RANKING : (rankings[0] ?? USUAL_RANKING);
     this.state = parseHash(location.hash);
     this.read = null; // what is read of the image that is shown
     this.list = new ImageList(part("list"), catalogue, (index) => this.pick(index));
@@ -55,7 +56,7 @@ class Page {
   }
 
   get ranking() {
-    return this.store.rankings.includes(this.state.ranking) ? this.state.ranking : this.usualRanking;
+    return this.state.ranking ?? this.usualRanking;
   }
 
   // What is chosen
@@ -83,7 +84,7 @@ class Page {
   pick(index) {
     if (index === null) return;
     this.change({ image: this.catalogue.ids[index] });
-    if (isNarrow.matches) part("browse").open = false;
+    browse(false);
   }
 
   keepAddress() {
@@ -102,14 +103,17 @@ class Page {
     part("wrong").addEventListener("change", (event) => this.change({ wrong: event.target.checked }));
     part("sort").addEventListener("change", (event) => this.change({ sort: event.target.value }));
     part("p").addEventListener("input", (event) => this.change({ tenths: tenthsOf(event.target.value) }));
-    part("p").addEventListener("pointerup", (event) => event.target.blur()); // so that arrow keys go to the images
     part("p-exact").addEventListener("change", (event) => this.change({ tenths: tenthsOf(event.target.value) }));
     part("ranking").addEventListener("change", (event) => this.change({ ranking: event.target.value }));
     part("controls").addEventListener("change", ({ target }) => {
       if (target.type === "radio") this.change({ [target.name]: target.value });
+      if (!target.matches(":focus-visible")) target.blur(); // it was the mouse: arrow keys go to the images
     });
     part("controls").addEventListener("submit", (event) => event.preventDefault());
-    addEventListener("hashchange", () => this.change(parseHash(location.hash)));
+    addEventListener("hashchange", () => {
+      const asked = parseHash(location.hash);
+      this.change({ ...asked, image: asked.image ?? this.state.image });
+    });
     const following = (choices, value) => choices[(choices.indexOf(value) + 1) % choices.length];
     const raise = (tenths) => this.change({ tenths: Math.min(1000, Math.max(0, this.state.tenths + tenths)) });
     const keys = {
@@ -121,7 +125,7 @@ class Page {
       s: () => this.change({ select: following(Object.keys(SELECTIONS), this.state.select) }),
       f: () => this.change({ fill: following(Object.keys(FILLS), this.state.fill) }),
       "/": () => {
-        part("browse").open = true;
+        browse(true);
         part("search").select();
       },
     };
@@ -151,19 +155,18 @@ class Page {
       `${method}, ${steps} steps, baseline ${baseline}`;
     part("ranking").replaceChildren(...this.store.rankings.map((ranking) => new Option(ranking)));
     part("ranking-choice").hidden = this.store.rankings.length < 2;
-    part("fill").disabled = !this.store.has("pixels");
+    part("fill").hidden = !this.store.has("pixels");
   }
 
   showControls() {
     const { tenths, search, wrong, sort } = this.state;
     const p = String(tenths / 10);
     part("p").value = p;
-    part("p").style.setProperty("--p", `${p}%`);
     if (part("p-exact").value !== p) part("p-exact").value = p;
     for (const radio of part("controls").querySelectorAll("[type=radio]")) {
       radio.checked = this.state[radio.name] === radio.value;
     }
-    if (this.ranking) part("ranking").value = this.ranking;
+    part("ranking").value = this.ranking;
     if (part("search").value !== search) part("search").value = search;
     part("wrong").checked = wrong;
     part("sort").value = sort;
@@ -171,9 +174,9 @@ class Page {
 
   showList() {
     const images = this.catalogue.find(this.state);
-    part("count").textContent = images.length
-      ? `${whole(images.length)} ${images.length === 1 ? "image" : "images"}`
-      : "No image matches.";
+    const count = `${whole(images.length)} ${images.length === 1 ? "image" : "images"}`;
+    part("count").textContent = images.length ? count : "No image matches.";
+    part("browse-toggle").textContent = `${count}: list and search`;
     this.list.show(images);
     this.showNeighbours();
   }
@@ -203,7 +206,7 @@ class Page {
     for (const neighbour of [this.list.neighbour(1), this.list.neighbour(-1)]) {
       if (neighbour !== null && catalogue.isBuilt(neighbour)) {
         store.image(neighbour).catch(() => {}); // it is told when it is picked
-        if (ranking) store.ranks(neighbour, ranking).catch(() => {});
+        store.ranks(neighbour, ranking).catch(() => {});
       }
     }
   }
@@ -214,14 +217,7 @@ class Page {
       const which = this.state.image === null ? "No image of this store is built yet." : `No image is called ${this.state.image}.`;
       return { index, image: null, ranks: null, trouble: new StoreError(which) };
     }
-    const noRanking = new StoreError(
-      "This store has no ranking, so there are no masks.",
-      `Make one with \`igstore rank ${this.store.name}\`, and reload this page.`,
-    );
-    const [image, ranks] = await Promise.allSettled([
-      this.store.image(index),
-      ranking ? this.store.ranks(index, ranking) : Promise.reject(noRanking),
-    ]);
+    const [image, ranks] = await Promise.allSettled([this.store.image(index), this.store.ranks(index, ranking)]);
     return {
       index,
       image: image.value ?? null,
@@ -245,18 +241,20 @@ class Page {
       part("label").textContent = label;
       const verdict = document.createElement("span");
       verdict.className = wrong === null ? "" : wrong ? "wrong" : "right";
-      const mark = wrong === null ? "" : wrong ? "✗ " : "✓ ";
+      const mark = wrong === null ? "" : wrong ? "✗\u00a0" : "✓\u00a0";
       verdict.textContent = predicted ? `${mark}predicted ${predicted}` : "";
       part("image-id").replaceChildren(catalogue.ids[index], predicted ? " · " : "", verdict);
       document.title = `${label} · ${catalogue.ids[index]} · igstore view`;
     }
     const facts = image ? this.facts() : [];
+    part("facts").hidden = !image;
     part("facts").replaceChildren(
-      ...facts.map(([name, value]) => {
-        const pair = document.createElement("div");
-        pair.appendChild(document.createElement("dt")).textContent = name;
-        pair.appendChild(document.createElement("dd")).textContent = value;
-        return pair;
+      ...facts.map(([name, value, note = ""]) => {
+        const fact = document.createElement("div");
+        fact.appendChild(document.createElement("dt")).textContent = name;
+        fact.appendChild(document.createElement("dd")).textContent = value;
+        fact.appendChild(document.createElement("dd")).textContent = note;
+        return fact;
       }),
     );
   }
@@ -266,11 +264,11 @@ class Page {
     const { labels, predictions, targets, errors, wnids } = catalogue;
     const { output, baseline_output, n_steps } = read.image;
     const named = (number) =>
-      number < 0 ? "–" : `${catalogue.className(number)} (${[number, wnids[number]].filter((name) => name !== undefined).join(", ")})`;
+      number < 0 ? ["–"] : [catalogue.className(number), [number, wnids[number]].join(" · ")];
     return [
-      ["Label", named(labels[read.index])],
-      ["Prediction, unmasked", named(predictions[read.index])],
-      ["Class attributed", named(targets[read.index])],
+      ["Label", ...named(labels[read.index])],
+      ["Prediction, unmasked", ...named(predictions[read.index])],
+      ["Class attributed", ...named(targets[read.index])],
       ["Its output f(x)", measured(output)],
       ["On the baseline f(b)", measured(baseline_output)],
       ["Completeness error", percent(errors[read.index])],
@@ -291,8 +289,10 @@ class Page {
       const block = ranks?.block ?? BLOCK;
       const { image: picture, full } = heatMap(image.attribution, size, block);
       paint(part("attribution"), picture);
-      part("attribution-note").textContent =
-        `summed over ${block}×${block} blocks; full colour from ±${measured(full * image.scale)} of the ${attributes.output}`;
+      const most = measured(full * image.scale);
+      part("attribution-note").textContent = `${attributes.output} per ${block}×${block} block`;
+      part("against").textContent = `against −${most}`;
+      part("for").textContent = `for +${most}`;
     }
   }
 
@@ -353,12 +353,14 @@ function stop(error) {
   part("page").hidden = true;
 }
 
-const isNarrow = matchMedia("(max-width: 52rem)");
+// Open or close the list of images, which is always open where there is room for it.
+function browse(isOpen) {
+  part("browse-toggle").ariaExpanded = String(isOpen);
+}
 
 async function begin() {
   part("notice-remedy").replaceChildren();
-  part("browse").open = !isNarrow.matches;
-  isNarrow.addEventListener("change", () => (part("browse").open = !isNarrow.matches));
+  part("browse-toggle").addEventListener("click", ({ target }) => browse(target.ariaExpanded === "false"));
   try {
     const asked = new URLSearchParams(location.search).get("store");
     const beside = document.querySelector("meta[name=igstore-store]").content;

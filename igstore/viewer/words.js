@@ -12,5 +12,6 @@ export function whole(number) {
 
 // A measured number with three digits.
 export function measured(number) {
-  return number === null || !Number.isFinite(number) ? "–" : String(Number(number.toPrecision(3)));
+  if (number === null || !Number.isFinite(number)) return "–";
+  return String(Number(number.toPrecision(3))).replace("-", "−");
 }

@@ -1,0 +1,114 @@
+"""`igstore report`: an evaluation as one page for people, its figures as pictures and numbers beside it. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from igstore import __version__, cli, files, page, sections
+from igstore.errors import UserError
+from igstore.findings import Findings
+from igstore.masking import MaskedImages
+from igstore.report import RESULTS
+from igstore.results import settings_sha256
+
+Path_ = str | os.PathLike[str]
+
+_LEDE = (
+    "Integrated Gradients says how much each block of an image speaks for a class. Here models are shown only the "
+    "blocks that hold the top p% of that (top), or all the others (bottom), or as many blocks at random: what do they "
+    "still recognise?"
+)
+
+
+def make_report(
+    results: Path_, out: Path_ = "report.html", *, stores: Sequence[Path_] = (), images: Any = None
+) -> list[Path]:
+    """Write what `evaluate` found as a page that is complete in itself, and a folder with its figures beside it.
+
+    The same results and stores make the same bytes.
+
+    Parameters
+    ----------
+    results
+        The folder that ``evaluate(..., out=results)`` wrote.
+    out
+        The page. The folder is called after it: ``report_files`` for ``report.html``. It gets every figure as PNG, its
+        numbers as CSV, and in ``classes.csv`` and ``images.csv`` all of what the page shows the extremes of.
+    stores
+        Stores that were evaluated, to show pictures from.
+    images
+        Where the pixels are, for stores without; as `masked_view`.
+
+    Returns
+    -------
+    The files written, the page first.
+
+    Raises
+    ------
+    UserError
+        There are no results, a store is not one of theirs, matplotlib is missing, or the page cannot be written.
+    DamagedStoreError
+        The results contradict each other.
+    """
+    results, out = Path(results), Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"out is {out}; it must be an HTML file: {out.with_suffix('.html')}")
+    findings = Findings.read(results)
+    sources = _sources(findings, stores, images)
+    beside = sections.Beside(out.with_name(f"{out.stem}_files"))
+    results_sha256 = files.checksum(results / RESULTS)["sha256"]
+    parts = {
+        "At a glance": sections.glance(findings),
+        "Accuracy": sections.accuracy(findings, beside),
+        "Tables": sections.tables(findings),
+        "What is visible": sections.visible(findings, beside),
+        "Completeness": sections.completeness(findings, beside),
+        "Classes": sections.classes(findings, beside),
+        "Images": sections.images(findings, beside, sources),
+        "Provenance": sections.provenance(findings, results_sha256, __version__),
+    }
+    title = f"Masked images: {', '.join(dict.fromkeys(row.model for row in findings.rows))}"
+    contents = {out: page.page(title, _LEDE, parts).encode()}
+    contents |= {beside.folder / name: content for name, content in beside.files.items()}
+    try:
+        for path, content in contents.items():
+            files.write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+    return list(contents)
+
+
+def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> sections.Sources:
+    sources = {}
+    for store in stores:
+        source = MaskedImages(store, images)
+        settings = settings_sha256(source.reader.spec)
+        cells = {row.cell for row in findings.rows if row.store_settings_sha256 == settings}
+        if not cells:
+            names = ", ".join(sorted({row.store for row in findings.rows}))
+            raise UserError(f"{store} is not the store of these results, which are of {names}: its settings differ")
+        source.check(*cells)
+        sources[settings] = source
+    return sources
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore report RESULTS``."""
+    parser = cli.Parser("report", "Make a page of what igstore evaluate --out wrote, with figures, tables and images.")
+    parser.add_argument("results", metavar="RESULTS", help="the folder that igstore evaluate --out wrote")
+    parser.add_argument("--out", metavar="HTML", default="report.html", help="the page to write; figures go beside it")
+    parser.add_argument(
+        "--store", dest="stores", nargs="+", default=[], metavar="STORE", help="evaluated stores, to show images from"
+    )
+    parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    options = vars(parser.parse_args(argv))
+    written = make_report(options.pop("results"), options.pop("out"), **options)
+    cli.say(f"{written[0]}: open it in a browser; {len(written) - 1} figures and tables in {written[1].parent}")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

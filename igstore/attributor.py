@@ -112,11 +112,14 @@ class Attributor:
 
         Raises
         ------
+        UserError
+            As `check_labels`.
         ModelError
             The network fails, or gives another output when it sees an image again.
         OutOfMemoryError
             Batches of the size asked for, or of one, do not fit.
         """
+        self.check_labels(labels, image_ids)
         started = time.monotonic()
         count = len(pixels)
         arrays = layout.unbuilt(self.spec, count) | {

@@ -81,7 +81,7 @@ def check_shard(group: Sharded, shard: int) -> list[Finding]:
     if isinstance(group, StoreReader) and record.get("settings") != group.spec.to_attributes():
         findings.append(Finding("is of a shard that was made with other settings", record_file, shard))
     for array, file in expected.items():
-        problem = _file_problem(group.root / file, record["files"][file])
+        problem = file_problem(group.root / file, record["files"][file])
         if problem:
             findings.append(Finding(problem, file, shard, group.array_path(array)))
     return findings
@@ -102,7 +102,7 @@ def _are_damage(findings: list[Finding]) -> bool:
     return any(not finding.is_missing for finding in findings)
 
 
-def _file_problem(path: Path, recorded: dict[str, Any]) -> str:
+def file_problem(path: Path, recorded: dict[str, Any]) -> str:
     """Why a file is not the one that was recorded, in words that follow its name; "" where it is."""
     try:
         status = path.lstat()

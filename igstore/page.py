@@ -68,7 +68,7 @@ def table(content: Table) -> str:
     """A table, its groups told apart by rules."""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in content.header)
     bodies = "\n".join(f"<tbody>\n{_lines(group)}\n</tbody>" for group in content.groups)
-    caption = f"{text(content.title)}<small>{text(content.note)}</small>"
+    caption = f"<span>{text(content.title)}<small>{text(content.note)}</small></span>"
     return (
         f'<div class="scroll"><table>\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n{bodies}\n'
         "</table></div>"
@@ -104,7 +104,7 @@ def cards(content: Sequence[str], *, with_pictures: bool) -> str:
 
 def _picture(panel: Panel) -> str:
     data = io.BytesIO()
-    Image.fromarray(panel.pixels).save(data, "jpeg", quality=_JPEG_QUALITY)
+    Image.fromarray(panel.pixels).save(data, "jpeg", quality=_JPEG_QUALITY, subsampling=0)  # blocks keep their colours
     height, width, _ = panel.pixels.shape
     source = f"data:image/jpeg;base64,{base64.b64encode(data.getbuffer()).decode()}"
     return f'<img src="{source}" alt="{text(panel.caption)}" width="{width}" height="{height}">'

@@ -14,10 +14,10 @@ import dask
 import numpy as np
 from dask.callbacks import Callback
 
-from igstore import __version__, cli, files, layout
+from igstore import __version__, cli, layout
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, block_ranks, block_shares, block_sums, check_block
 from igstore.errors import DamagedStoreError, UserError
-from igstore.integrity import withdraw_damaged
+from igstore.integrity import file_problem, withdraw_damaged
 from igstore.presence import at_work
 from igstore.progress import Progress
 from igstore.reader import ImageArray, StoreReader
@@ -133,11 +133,9 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     if record is None:
         raise DamagedStoreError(f"shard {shard} of {root} is being written; rank again when the build is done")
     file = store.shard_files(shard)["attribution"]
-    if files.checksum(store.root / file) != record["files"][file]:
-        raise DamagedStoreError(
-            f"{store.root / file} has changed since it was written, or is being written again; run the build again, "
-            "which repairs it, then rank"
-        )
+    problem = file_problem(store.root / file, record["files"][file])
+    if problem:
+        raise DamagedStoreError(f"{store.root / file} {problem}; run the build again, which repairs it, then rank")
     maps = ImageArray(store.root, "attribution", is_done=lambda _: True).shard(shard)  # (image, [channel,] y, x)
     first = record["images"][0]
     grid = block_grid(*store.spec.preprocessing.crop, block)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igstore import __version__, cli, files, page, sections
+from igstore import cli, files, page, sections
 from igstore.errors import UserError
 from igstore.findings import Findings
 from igstore.masking import MaskedImages
@@ -57,18 +57,18 @@ def make_report(
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"out is {out}; it must be an HTML file: {out.with_suffix('.html')}")
     findings = Findings.read(results)
-    sources = _sources(findings, stores, images)
     beside = sections.Beside(out.with_name(f"{out.stem}_files"))
+    material = sections.Material(findings, _sources(findings, stores, images), beside)
     results_sha256 = files.checksum(results / RESULTS)["sha256"]
     parts = {
-        "At a glance": sections.glance(findings),
-        "Accuracy": sections.accuracy(findings, beside),
-        "Tables": sections.tables(findings),
-        "What is visible": sections.visible(findings, beside),
-        "Completeness": sections.completeness(findings, beside),
-        "Classes": sections.classes(findings, beside),
-        "Images": sections.images(findings, beside, sources),
-        "Provenance": sections.provenance(findings, results_sha256, __version__),
+        "At a glance": sections.glance(material),
+        "Accuracy": sections.accuracy(material),
+        "Tables": sections.tables(material),
+        "What is visible": sections.visible(material),
+        "Completeness": sections.completeness(material),
+        "Classes": sections.classes(material),
+        "Images": sections.images(material),
+        "Provenance": sections.provenance(material, results_sha256),
     }
     title = f"Masked images: {', '.join(dict.fromkeys(row.model for row in findings.rows))}"
     contents = {out: page.page(title, _LEDE, parts).encode()}
@@ -81,7 +81,7 @@ def make_report(
     return list(contents)
 
 
-def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> sections.Sources:
+def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> dict[str, MaskedImages]:
     sources = {}
     for store in stores:
         source = MaskedImages(store, images)

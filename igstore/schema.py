@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from igstore.errors import SettingsMismatchError, UserError
 
@@ -34,6 +35,11 @@ Order = Literal["attribution", "random"]
 NOT_BUILT, BUILT, FAILED = 0, 1, 2
 
 UNKNOWN_LABEL = -1
+
+# Beyond what anyone needs; what a store from elsewhere makes its readers set aside is bounded by them.
+_LARGEST = 2.0**100
+_MOST_PIXELS = 1 << 26
+_MOST_IMAGES_A_SHARD = 1 << 20
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:
@@ -72,8 +78,10 @@ class Preprocessing:
         check_choice("interpolation", self.interpolation, Interpolation)
         if self.resize is not None and self.resize < 1:
             raise UserError(f"resize is {self.resize}; it must be at least 1 pixel")
-        if len(self.crop) != 2 or min(self.crop) < 1:
-            raise UserError(f"crop is {self.crop}; it must be (height, width), each at least 1 pixel")
+        if len(self.crop) != 2 or min(self.crop) < 1 or math.prod(self.crop) > _MOST_PIXELS:
+            raise UserError(
+                f"crop is {self.crop}; it must be (height, width), each at least 1 pixel, and {_MOST_PIXELS} at most"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean {self.mean} and std {self.std} must have three values each, std above 0")
 
@@ -117,8 +125,10 @@ class BuildSpec:
             check_choice(field, getattr(self, field), choices)
         if not 1 <= self.n_steps <= 32767:
             raise UserError(f"n_steps is {self.n_steps}; it must be between 1 and 32767")
-        if self.shard_size < 1:
-            raise UserError(f"shard_size is {self.shard_size}; it must be at least 1 image")
+        if not 1 <= self.shard_size <= _MOST_IMAGES_A_SHARD:
+            raise UserError(f"shard_size is {self.shard_size}; it must be between 1 and {_MOST_IMAGES_A_SHARD} images")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be at least 0")
         if (self.max_error is None) != (self.max_steps is None):
             raise UserError("max_error and max_steps go together: give both, or neither")
         if self.max_error is not None and self.max_steps is not None:
@@ -157,6 +167,7 @@ class BuildSpec:
                     else "install the igstore that wrote it, or rebuild"
                 )
             )
+        types = get_type_hints(cls) | get_type_hints(Preprocessing)
         parts = [field.name for field in dataclasses.fields(Preprocessing)]
         own = [field.name for field in dataclasses.fields(cls) if field.name != "preprocessing"]
         missing = [name for name in [*own, *parts] if name not in attributes]
@@ -165,12 +176,29 @@ class BuildSpec:
                 f"the store's attributes lack {', '.join(missing)}: not a store made by igstore"
             )
         try:
+            for name in [*own, *parts]:
+                if not _is_a(attributes[name], types[name]):
+                    raise UserError(f"{name} is {attributes[name]!r:.80}")
             preprocessing = Preprocessing(**{name: attributes[name] for name in parts})
             return cls(preprocessing=preprocessing, **{name: attributes[name] for name in own})
-        except (TypeError, ValueError) as error:
+        except UserError as error:
             raise SettingsMismatchError(f"the store's attributes are not a valid build: {error}") from error
 
     def differences(self, other: BuildSpec) -> list[tuple[str, Any, Any]]:
         """(field, value here, value there) for every field in which the two specs differ; empty when equal."""
         here, there = self.to_attributes(), other.to_attributes()
         return [(name, here[name], there[name]) for name in here if here[name] != there[name]]
+
+
+def _is_a(value: object, expected: Any) -> bool:
+    """Whether a JSON value is of a type as the fields above are declared with."""
+    parts = get_args(expected)
+    if isinstance(expected, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if get_origin(expected) is Literal:
+        return value in parts
+    if get_origin(expected) is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_is_a, value, parts))
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return type(value) is expected

@@ -5,26 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from igstore import figures, page, summaries
+from igstore import __version__, figures, page, summaries
 from igstore.charts import Chart
 from igstore.findings import KEEPS, Case, Contrast, Findings
-from igstore.masking import MaskedImages, MaskOptions
+from igstore.masking import MaskedImages
 from igstore.results import Pairing
 from igstore.schema import Keep
 from igstore.show import Panel, heat_map, picture_of
 from igstore.tables import article_tables
 
 Parts = list[str]  # pieces of HTML
-Sources = dict[str, MaskedImages]  # the stores that are at hand, by the sha256 of their settings
 
 _FEW = 6  # images shown that only one side gets right
 
@@ -74,24 +73,42 @@ class Beside:
         return page.download(words, f"{self.folder.name}/{name}.png")
 
 
-def glance(findings: Findings) -> Parts:
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What the sections are made of.
+
+    Attributes
+    ----------
+    findings
+        What they are about.
+    sources
+        The stores that are at hand, by the sha256 of their settings.
+    beside
+        Where their files go.
+    """
+
+    findings: Findings
+    sources: Mapping[str, MaskedImages]
+    beside: Beside
+
+
+def glance(material: Material) -> Parts:
     """A few numbers for who reads no further."""
-    tables = (summaries.at_a_glance(cases) for cases in findings.cases.values())
+    tables = (summaries.at_a_glance(cases) for cases in material.findings.cases.values())
     return [page.table(table) for table in tables if table]
 
 
-def accuracy(findings: Findings, beside: Beside) -> Parts:
+def accuracy(material: Material) -> Parts:
     """Accuracy by p, and by the share of the pixels that are visible."""
+    caption = "Top-1 accuracy by p. Bands are Wilson's 95% intervals."
+    if any(row.order == "random" for row in material.findings.rows):
+        caption += " Either side and its random control show the same number of blocks of each image."
     parts = []
-    for number, (masks, cases) in enumerate(findings.cases.items(), start=1):
+    for number, (masks, cases) in enumerate(material.findings.cases.items(), start=1):
         parts += [
             page.subsection(masks),
-            beside.figure(
-                figures.accuracy_by_p(cases, _numbered("accuracy_by_p", number)),
-                "Top-1 accuracy by p. Bands are Wilson's 95% intervals. Top and its random control show the same "
-                "number of blocks, and so do the rest and its control.",
-            ),
-            beside.figure(
+            material.beside.figure(figures.accuracy_by_p(cases, _numbered("accuracy_by_p", number)), caption),
+            material.beside.figure(
                 figures.accuracy_by_visible(cases, _numbered("accuracy_by_visible", number)),
                 "The fair comparison: the same accuracies by the share of the pixels that are visible, so that points "
                 "above each other saw the same amount of image.",
@@ -100,42 +117,43 @@ def accuracy(findings: Findings, beside: Beside) -> Parts:
     return parts
 
 
-def tables(findings: Findings) -> Parts:
+def tables(material: Material) -> Parts:
     """The article's."""
-    return [page.table(table) for table in article_tables(findings.rows)]
+    return [page.table(table) for table in article_tables(material.findings.rows)]
 
 
-def visible(findings: Findings, beside: Beside) -> Parts:
+def visible(material: Material) -> Parts:
     """Pixels visible by p."""
     parts = []
-    for number, (masks, cases) in enumerate(findings.cases.items(), start=1):
-        chart = figures.visible_by_p(findings, cases, _numbered("visible_by_p", number))
+    for number, (masks, cases) in enumerate(material.findings.cases.items(), start=1):
+        chart = figures.visible_by_p(material.findings, cases, _numbered("visible_by_p", number))
         caption = (
             "Pixels left visible by p: the mean over images, and a band that holds the middle half of them. p% of the "
             "attribution is not p% of the pixels."
         )
-        parts += [page.subsection(masks), beside.figure(chart, caption)]
+        parts += [page.subsection(masks), material.beside.figure(chart, caption)]
     return parts
 
 
-def completeness(findings: Findings, beside: Beside) -> Parts:
+def completeness(material: Material) -> Parts:
     """How good the maps are, and what they cost."""
     caption = "How many images have a completeness error of at most so much; further left is better."
     return [
-        beside.figure(figures.completeness(findings, "completeness"), caption),
-        page.table(summaries.effort(findings)),
+        material.beside.figure(figures.completeness(material.findings, "completeness"), caption),
+        page.table(summaries.effort(material.findings)),
     ]
 
 
-def classes(findings: Findings, beside: Beside) -> Parts:
+def classes(material: Material) -> Parts:
     """The classes at either end."""
     parts = []
-    for number, case in enumerate(_cases(findings)):
-        tables = [table for keep in KEEPS if (table := summaries.classes(findings, case, keep))]
+    for number, case in enumerate(_cases(material.findings)):
+        tables = [table for keep in KEEPS if (table := summaries.classes(material.findings, case, keep))]
         if tables:
             parts.append(page.folded(_title(case), *map(page.table, tables), is_open=number == 0))
-    records = [record for case in _cases(findings) for record in _class_records(findings, case)]
-    return [*parts, beside.table("classes", records, "Every class, on either side, at every p:")] if parts else []
+    records = [record for case in _cases(material.findings) for record in _class_records(material.findings, case)]
+    every = material.beside.table("classes", records, "Every class, on either side, at every p:")
+    return [*parts, every] if parts else []
 
 
 def _class_records(findings: Findings, case: Case) -> Iterator[dict[str, Any]]:
@@ -159,9 +177,9 @@ def _class_records(findings: Findings, case: Case) -> Iterator[dict[str, Any]]:
                 }
 
 
-def images(findings: Findings, beside: Beside, sources: Sources) -> Parts:
+def images(material: Material) -> Parts:
     """The images that only one side gets right, with pictures of them where their store is at hand."""
-    parts, records = [], []
+    findings, parts, records = material.findings, [], []
     for number, case in enumerate(_cases(findings), start=1):
         table = summaries.sides(case)
         if table is None:
@@ -170,11 +188,11 @@ def images(findings: Findings, beside: Beside, sources: Sources) -> Parts:
         for keep in KEEPS:
             contrasts = findings.contrasts(case, keep)
             records += [_image_record(findings, case, keep, contrast) for contrast in contrasts]
-            inner.append(_contrasts(findings, case, keep, contrasts, beside, sources, number))
+            inner.append(page.subsection(_SIDES[keep], *_contrasts(material, case, keep, contrasts, number)))
         parts.append(page.folded(_title(case), *inner, is_open=number == 1))
-    if parts and not sources:
-        parts.insert(0, page.paragraph("Give the stores to see the images: igstore report RESULTS --store STORE ..."))
-    return [*parts, beside.table("images", records, "Every image that only one side gets right:")]
+    if parts and not material.sources:
+        parts.insert(0, page.paragraph("To see the images, make this page with --store STORE, the store evaluated."))
+    return [*parts, material.beside.table("images", records, "Every image that only one side gets right:")]
 
 
 def _image_record(findings: Findings, case: Case, keep: Keep, contrast: Contrast) -> dict[str, Any]:
@@ -192,55 +210,41 @@ def _image_record(findings: Findings, case: Case, keep: Keep, contrast: Contrast
     }
 
 
-def _contrasts(
-    findings: Findings,
-    case: Case,
-    keep: Keep,
-    contrasts: Sequence[Contrast],
-    beside: Beside,
-    sources: Sources,
-    number: int,
-) -> str:
+def _contrasts(material: Material, case: Case, keep: Keep, contrasts: Sequence[Contrast], number: int) -> Parts:
     shown = contrasts[:_FEW]
     if not shown:
-        return page.subsection(_SIDES[keep], page.paragraph("None, at any p."))
+        return [page.paragraph("None, at any p.")]
     words = f"{len(contrasts)} {'image' if len(contrasts) == 1 else 'images'} at some p"
     if len(contrasts) > len(shown):
-        words += f"; these {len(shown)} with the fewest pixels visible"
-    words = f"{words}."
-    source = sources.get(case.rows[0].store_settings_sha256)
-    if source is None:
-        cards = [page.card(contrast.image_id, _words(findings, keep, contrast)) for contrast in shown]
-        return page.subsection(_SIDES[keep], page.paragraph(words), page.cards(cards, with_pictures=False))
-    places = [source.reader.image_ids.index(contrast.image_id) for contrast in shown]
-    cards = [
-        page.card(
-            contrast.image_id, _words(findings, keep, contrast), _pictures(source, np.array([place]), contrast.cell)
-        )
-        for contrast, place in zip(shown, places, strict=True)
-    ]
-    cells = [rows[keep].cell for rows in reversed(case.both_sides.values())]
-    picture = picture_of(source, np.array(places), cells)
-    return page.subsection(
-        _SIDES[keep],
-        page.paragraph(words),
-        page.cards(cards, with_pictures=True),
-        beside.picture(_numbered(f"images_{keep}", number), picture, "These images at every p:"),
-    )
+        words += f"; these are the {len(shown)} with the fewest pixels visible"
+    source = material.sources.get(case.rows[0].store_settings_sha256)
+    cards = [_card(material.findings, keep, contrast, source) for contrast in shown]
+    parts = [page.paragraph(f"{words}."), page.cards(cards, with_pictures=source is not None)]
+    if source:
+        every_image = np.array([_number(source, contrast) for contrast in shown])
+        cells = [rows[keep].cell for rows in reversed(case.both_sides.values())]
+        picture = picture_of(source, every_image, cells)
+        parts.append(material.beside.picture(_numbered(f"images_{keep}", number), picture, "These images at every p:"))
+    return parts
 
 
-def _words(findings: Findings, keep: Keep, contrast: Contrast) -> list[str]:
+def _card(findings: Findings, keep: Keep, contrast: Contrast, source: MaskedImages | None) -> str:
     other: Keep = "bottom" if keep == "top" else "top"
-    label, unmasked, mistaken = map(findings.class_name, (contrast.label, contrast.unmasked, contrast.predicted[other]))
     visible = {side: f"{side} ({100 * share:.1f}% visible)" for side, share in contrast.visible.items()}
-    return [
-        f"{label}; right unmasked, too." if contrast.unmasked == contrast.label else f"{label}; unmasked: {unmasked}.",
-        f"At p={contrast.cell.p:g}, {visible[keep]} is right, {visible[other]} is taken for {mistaken}.",
-        f"Right alone at p={', '.join(f'{p:g}' for p in reversed(contrast.every_p))}.",
+    unmasked = "right, too" if contrast.unmasked == contrast.label else findings.class_name(contrast.unmasked)
+    words = [
+        f"At p={contrast.cell.p:g}, {visible[keep]} is right; {visible[other]} is taken for "
+        f"{findings.class_name(contrast.predicted[other])}. Unmasked: {unmasked}.",
     ]
+    others = [p for p in reversed(contrast.every_p) if p != contrast.cell.p]
+    if others:
+        words.append(f"Right alone at p={', '.join(f'{p:g}' for p in others)}, too.")
+    pictures = _pictures(source, contrast) if source else []
+    return page.card(findings.class_name(contrast.label), contrast.image_id, words, pictures)
 
 
-def _pictures(source: MaskedImages, image: NDArray[np.int64], cell: MaskOptions) -> list[Panel]:
+def _pictures(source: MaskedImages, contrast: Contrast) -> list[Panel]:
+    image, cell = np.array([_number(source, contrast)]), contrast.cell
     attribution = source.reader.array("attribution").read(image)[0]  # (y, x) or (channel, y, x)
     panels = [
         Panel("original", source.pixels(image)[0].transpose(1, 2, 0)),
@@ -252,17 +256,22 @@ def _pictures(source: MaskedImages, image: NDArray[np.int64], cell: MaskOptions)
     return panels
 
 
-def provenance(findings: Findings, results_sha256: str, version: str) -> Parts:
+def _number(source: MaskedImages, contrast: Contrast) -> int:
+    """The image's number in the store."""
+    return source.reader.image_ids.index(contrast.image_id)
+
+
+def provenance(material: Material, results_sha256: str) -> Parts:
     """What made the masks, what they were shown to, and what made this page."""
     pairs = dict.fromkeys(
-        tuple(getattr(row, field.name) for field in dataclasses.fields(Pairing)) for row in findings.rows
+        tuple(getattr(row, field.name) for field in dataclasses.fields(Pairing)) for row in material.findings.rows
     )
     names = [field.name.replace("_", " ") for field in dataclasses.fields(Pairing)]
     parts = []
     for values in pairs:
         content = dict(zip(names, map(str, values), strict=True))
         parts.append(page.subsection(f"{content['model']} on {content['store']}", page.facts(content)))
-    made = {"results.json, sha256": results_sha256, "page made by": f"igstore {version}"}
+    made = {"results.json, sha256": results_sha256, "page made by": f"igstore {__version__}"}
     return [*parts, page.subsection("This page", page.facts(made))]
 
 

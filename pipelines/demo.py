@@ -1,6 +1,7 @@
 """`make demo`: the main job on what the package registry holds, EfficientNet-Lite0's weights and foolbox's photographs.
 
-Attributes the 20 labelled photographs and says where the store is; run again, it finds the store finished.
+Attributes the 20 labelled photographs, ranks their blocks, shows them masked, and prints the article's tables; run
+again, it finds the store finished.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import igstore
 from igstore import cli
 from igstore.images import synsets
 from igstore.info import describe
+from igstore.tables import article_tables
 
 _PHOTOGRAPH = re.compile(r"foolbox/data/imagenet_\d\d_(\d+)\.jpg")
 
@@ -55,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
     info = igstore.build_store(
         "efficientnet_lite0", photographs, store, target="label", n_steps=options.n_steps, show_progress=True
     )
-    cli.say("", *describe(info))
+    cli.say("", *describe(info), "")
+    results = options.out / "results"
+    evaluation = igstore.evaluate(store, out=results, show_progress=True)
+    for table in article_tables(evaluation.rows):
+        cli.say(table.text(), "")
+    cli.say(f"20 photographs say little: the point is that this is the whole way. Store: {store}, tables: {results}")
     return cli.DONE
 
 

@@ -11,7 +11,7 @@ from networks import Smooth
 from igstore import Preprocessing, classifier_from_module
 from igstore.attributor import Attributor
 from igstore.blocks import block_ranks, block_shares, block_sums, expand
-from igstore.errors import UserError
+from igstore.errors import OutOfMemoryError, UserError
 from igstore.masks import visible_blocks
 from igstore.models import load_classifier
 from igstore.normalisation import normalise
@@ -100,7 +100,7 @@ def test_an_explicit_batch_size_is_kept_and_auto_backs_off(monkeypatch, caplog):
     assert "out of memory" in caplog.text
     expected = Attributor(classifier, spec_for(classifier), device=torch.device("cpu"), batch_size=2)
     np.testing.assert_array_equal(arrays["attribution"], expected(pixels, label, ["picture"], [""])["attribution"])
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemoryError, match="batches of 4: give a smaller --batch-size"):
         attributor(4)(pixels, label, ["picture"], [""])
 
 

@@ -393,10 +393,9 @@ def test_an_error_in_a_worker_arrives(path, maps, cluster):
         rank_store(path, scheduler=cluster.scheduler_address)
 
 
-def test_an_explicit_scheduler_leaves_no_default_client(path, cluster):
-    assert rank_store(path, scheduler=cluster.scheduler_address).ranked == N
-    assert rank_store(path, scheduler=cluster.scheduler_address).ranked == 0
-    assert rank._active_client() is None
+def test_a_scheduler_with_nothing_left_to_do(path, cluster):
+    rank_store(path)
+    assert rank_store(path, scheduler=cluster.scheduler_address).unchanged == N
 
 
 def test_no_scheduler_answers(path):

@@ -33,4 +33,5 @@ def completeness_errors(maps: Maps, differences: NDArray[np.float64]) -> NDArray
     """``|sum of a map - (f(x) - f(b))| / |f(x) - f(b)|`` of each image."""
     totals = maps.sum(axis=(1, 2), dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(np.abs(totals - differences), np.abs(differences))
+        errors: NDArray[np.float64] = np.abs(totals - differences) / np.abs(differences)
+    return errors

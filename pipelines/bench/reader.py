@@ -6,6 +6,7 @@ read the next batch in a thread of their own, take up to two.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,15 @@ from igstore.reader import StoreReader
 from pipelines.bench import fixtures, machine, output, rounds, sources
 from pipelines.bench.sources import BATCH, Batches, Data, Order
 
-_RUN_SECONDS = 0.5  # what a run should take, of files in the page cache
-_SEED = 0
+_CACHES = ("warm", "cold") if hasattr(os, "posix_fadvise") else ("warm",)
+_MOST_PASSES = 20  # over the images, in a run from a warm cache
 
 
 def order_of(kind: str, n_images: int, n_items: int) -> Order:
     """Positions to read: ``sequential`` or ``random``, every image once before any comes again."""
     if kind == "sequential":
         return np.arange(n_items, dtype=np.int64) % n_images
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(0)
     passes = [random.permutation(n_images) for _ in range(-(-n_items // n_images))]
     return np.concatenate(passes)[:n_items]
 
@@ -63,61 +64,77 @@ def measure(data: Data, *, workers: Sequence[int], repeats: int, seconds: float)
     """Items a second of every source, in every order, with every number of workers, from a warm and a cold cache.
 
     From a cold cache each image is read at most once.
+
+    Returns
+    -------
+    One row for each setting: ``reads`` (masked or raw), ``order``, ``workers``, ``cache``, ``rounds``, and by source
+    ``items`` (in a run) and ``items_per_s``.
     """
-    items = {name: _items_for(batches, data) for name, batches in (sources.MASKED | sources.RAW).items()}
-    settings = [
-        (group, kind, n_workers, cache)
-        for group in ("masked", "raw")
-        for kind in ("sequential", "random")
-        for n_workers in workers
-        for cache in ("warm", "cold")
-    ]
+    groups = {"masked": sources.MASKED, "raw": sources.RAW}
+    settings = list(itertools.product(groups, ("sequential", "random"), workers, _CACHES))
+    rates = {name: _rate(batches, data) for group in groups.values() for name, batches in group.items()}
+    n_images = len(data.images)
     rows = []
-    for group, kind, n_workers, cache in settings:
-        contenders = sources.MASKED if group == "masked" else sources.RAW
-        if kind == "random" or n_workers:
-            contenders = {name: run for name, run in contenders.items() if name not in sources.IN_ORDER_ONLY}
-        counts = {name: items[name] if cache == "warm" else min(items[name], len(data.images)) for name in contenders}
-        orders = {name: order_of(kind, len(data.images), count) for name, count in counts.items()}
-        folders = [data.store, data.copies, data.folder]
+    for reads, kind, n_workers, cache in settings:
+        is_plain = kind == "sequential" and n_workers == 0
+        names = [name for name in groups[reads] if is_plain or name not in sources.IN_ORDER_ONLY]
+        most = n_images if cache == "cold" else _MOST_PASSES * n_images
+        items = {
+            name: int(np.clip(rates[name] * _run_seconds(n_workers), min(BATCH, n_images), most)) for name in names
+        }
         timed = rounds.take_turns(
-            {name: partial(exhaust, run, data, orders[name], n_workers) for name, run in contenders.items()},
+            {
+                name: partial(exhaust, groups[reads][name], data, order_of(kind, n_images, items[name]), n_workers)
+                for name in names
+            },
             repeats=repeats,
             seconds=seconds / len(settings),
-            before=partial(drop_from_cache, folders) if cache == "cold" else lambda: None,
+            before=partial(drop_from_cache, [data.store, data.copies, data.folder]) if cache == "cold" else _nothing,
         )
-        rows += [
-            {
-                "reads": group,
-                "order": kind,
-                "workers": n_workers,
-                "cache": cache,
-                "source": name,
-                "items_per_s": counts[name] / timed.median(name),
-                "items": counts[name],
-                "rounds": timed.count,
-            }
-            for name in contenders
-        ]
+        setting = {"reads": reads, "order": kind, "workers": n_workers, "cache": cache, "rounds": timed.count}
+        rows.append({**setting, "items": items, "items_per_s": {n: items[n] / timed.median(n) for n in names}})
     return rows
 
 
-def _items_for(batches: Batches, data: Data) -> int:
-    """How many items a run should read: as many as it reads in a while, at least a batch, at most 20 passes."""
+def _nothing() -> None:
+    pass
+
+
+def _run_seconds(workers: int) -> float:
+    """What a run from a warm cache should take; processes take their time to start."""
+    return 1.5 if workers else 0.5
+
+
+def _rate(batches: Batches, data: Data) -> float:
+    """Items a second of a first look, the second one of two."""
     trial = order_of("sequential", len(data.images), min(BATCH, len(data.images)))
-    exhaust(batches, data, trial, 0)
-    started = time.perf_counter()
-    exhaust(batches, data, trial, 0)
-    rate = len(trial) / (time.perf_counter() - started)
-    return int(np.clip(rate * _RUN_SECONDS, len(trial), 20 * len(data.images)))
+    for _ in range(2):
+        started = time.perf_counter()
+        exhaust(batches, data, trial, 0)
+    return len(trial) / (time.perf_counter() - started)
 
 
 def ratio(rows: Sequence[dict[str, Any]], source: str, other: str, **setting: Any) -> float | None:
     """How many times as fast one source is as another in such a setting as ``order="random"``; None if not measured."""
-    rates = {
-        row["source"]: row["items_per_s"] for row in rows if all(row[name] == value for name, value in setting.items())
-    }
-    return rates[source] / rates[other] if source in rates and other in rates else None
+    for row in rows:
+        rates = row["items_per_s"]
+        if {source, other} <= set(rates) and all(row[name] == value for name, value in setting.items()):
+            return float(rates[source] / rates[other])
+    return None
+
+
+def _tables(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Items a second as one table for each group of sources, a column for each source."""
+    lines = []
+    for reads, group in (("masked", sources.MASKED), ("raw", sources.RAW)):
+        shown = [
+            {name: row[name] for name in ("reads", "order", "workers", "cache")}
+            | {name: row["items_per_s"].get(name) for name in group}
+            for row in rows
+            if row["reads"] == reads
+        ]
+        lines += ["items a second", *output.table(shown), ""]
+    return lines
 
 
 @contextmanager
@@ -156,8 +173,7 @@ def main(argv: Sequence[str]) -> int:
         data = sources.prepare(options.store, scratch, limit=n_images, folder=options.images, device=device)
         cli.say(machine.in_words(ran_on), f"{len(data.images)} images of {options.store}, batches of {BATCH}", "")
         rows = measure(data, workers=options.workers, repeats=options.repeats, seconds=options.seconds)
-    shown = [{name.replace("items_per_s", "items/s"): value for name, value in row.items()} for row in rows]
-    cli.say(*output.table(shown))
+    cli.say(*_tables(rows))
     warm: dict[str, Any] = {"cache": "warm", "workers": 0}
     in_order = {**warm, "order": "sequential"}
     output.say_result(

@@ -29,10 +29,13 @@ _HOMES = {
     "integrated_gradients": "attribution",
     "keep_mask": "views",
     "load_classifier": "models",
+    "make_report": "report",
     "masked_view": "views",
     "open_store": "views",
     "rank_store": "rank",
+    "show_store": "show",
     "store_info": "info",
+    "verify_store": "verify",
 }
 
 __all__ = sorted(_HOMES)

@@ -12,7 +12,10 @@ COMMANDS = {
     "build": "attribute images with Integrated Gradients, into a store",
     "rank": "rank the blocks of a store's maps",
     "evaluate": "measure models on masked images, and print the article's tables",
+    "show": "draw what the masks do to some images",
+    "report": "make a page of an evaluation, with figures",
     "info": "say what a store holds, what made it, and what is missing",
+    "verify": "check every byte of a store, and what it means",
     "view": "look at any image and any mask of a store, in a browser",
 }
 

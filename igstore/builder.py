@@ -284,8 +284,9 @@ def _retry_failed(build: Build, store: StoreReader, shard: int, attributor: Attr
             failed[build.images.ids[first + place]] = reason
     in_top5 = record["in_top5"] + sum(int(arrays["in_top5"][0]) for arrays in changed.values())
     kept = {name: value for name, value in record.items() if name not in ("shard", "images", "files")}
+    kept |= {"failed": failed, "in_top5": in_top5, "evaluations": int(whole["n_steps"].sum())}
     with writing(build.path):
-        write_shard(build.path, build.spec, store.n_images, shard, whole, kept | {"failed": failed, "in_top5": in_top5})
+        write_shard(build.path, build.spec, store.n_images, shard, whole, kept)
 
 
 def _failed_places(store: StoreReader, first: int, last: int) -> list[int]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from igstore.errors import UserError
@@ -128,7 +129,7 @@ class Chart:
         """A picture on white."""
         data = io.BytesIO()
         with _style(self.name):
-            self._draw().savefig(data, format="png", dpi=_PNG_DPI, facecolor="white")
+            self._figure.savefig(data, format="png", dpi=_PNG_DPI, facecolor="white")
         return data.getvalue()
 
     def svg(self) -> str:
@@ -136,10 +137,11 @@ class Chart:
         data = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with _style(self.name):
-            self._draw().savefig(data, format="svg", transparent=True, metadata=nothing)
+            self._figure.savefig(data, format="svg", transparent=True, metadata=nothing)
         return _for_page(data.getvalue(), self.name)
 
-    def _draw(self) -> Figure:
+    @cached_property
+    def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
         columns = min(len(self.panels), 2 if len(self.panels) in (2, 4) else 3)

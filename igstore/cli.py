@@ -57,7 +57,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         with _terminable():
             return command(sys.argv[1:] if argv is None else argv)
     except IgstoreError as error:
-        print(f"igstore: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"igstore: {error}"), file=sys.stderr)  # noqa: T201
         return error.exit_status
     except KeyboardInterrupt as interruption:
         terminated = isinstance(interruption, Terminated)
@@ -76,7 +76,12 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
 def say(*lines: str) -> None:
     """Print lines on stdout."""
     for line in lines:
-        print(line)  # noqa: T201
+        print(printable(line))  # noqa: T201
+
+
+def printable(text: str) -> str:
+    """Text with a mark in place of what a terminal would take for a command, as names from elsewhere may hold."""
+    return "".join(sign if sign.isprintable() or sign in "\t\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def positive(text: str) -> int:

@@ -22,8 +22,8 @@ from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.models import Classifier, load_classifier
 from igstore.reader import StoreReader
-from igstore.report import check_out, write_report
 from igstore.results import Row, measure, predictions
+from igstore.results_folder import check_out, write_report
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 from igstore.showing import ShowingPlan, show
 from igstore.tables import article_tables
@@ -86,7 +86,7 @@ def evaluate(
     images
         As `MaskedImageNet`, for stores without pixels.
     out
-        Folder to write the results to, see `igstore.report.write_report`.
+        Folder to write the results to, see `igstore.results_folder.write_report`.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
     batch_size

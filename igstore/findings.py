@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.masking import MaskOptions
-from igstore.report import PREDICTIONS, RESULTS, read_rows
 from igstore.results import NOT_SHOWN, Pairing, Row
+from igstore.results_folder import PREDICTIONS, RESULTS, read_rows
 from igstore.schema import IMAGE, UNKNOWN_LABEL, Keep, Order
 from igstore.tables import describer, grouped, labeller
 
@@ -160,7 +160,7 @@ class Findings:
             )
         path = results / PREDICTIONS
         try:
-            findings = cls(rows, xr.open_zarr(path).load())
+            findings = cls(rows, xr.open_zarr(path, consolidated=False).load())
             findings.check()
         except (OSError, KeyError, ValueError) as error:
             raise DamagedStoreError(

@@ -142,7 +142,7 @@ def describe(info: StoreInfo) -> list[str]:
         f"attribution  {settings['method']}, {steps}, baseline {settings['baseline']}, target {settings['target']}, "
         f"output {settings['output']}, reduce {settings['reduce']}, {settings['precision']}",
         f"images       {info.n_images}: {info.n_built} built, {info.n_failed} failed, {info.n_missing} missing; "
-        f"{info.n_shards} shards",
+        f"{info.n_shards} shard{'s' * (info.n_shards != 1)}",
     ]
     if info.top1 is not None and info.top5 is not None:
         lines.append(

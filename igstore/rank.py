@@ -99,7 +99,7 @@ def rank_store(
     unchanged = sum(sizes.values()) - ranked
     reader.array("attribution")  # raises unless its layout is the store's, before anything is written
     with _client(scheduler) as client:
-        create_ranking(reader.root, name, block=block, attributes=_attributes(reader.spec, score, block))
+        create_ranking(reader.root, name, block=block, attributes=ranking_attributes(reader.spec, score, block))
         if shards:
             with (
                 at_work(reader.root) as presence,
@@ -119,7 +119,7 @@ def _unranked(store: StoreReader, name: str) -> list[int]:
     return [shard for shard in store.records if shard not in done]
 
 
-def _attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any]:
+def ranking_attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any]:
     """What a reader of the ranking alone has to know, to recompute it and to lay its blocks over the pixels."""
     crop = list(spec.preprocessing.crop)
     return {"format_version": spec.format_version, "score": score, "block": block, "crop": crop}

@@ -295,9 +295,9 @@ class RankingReader(Sharded):
         parts = layout.ranking_parts(name)
         if parts is None:
             raise StoreNotFoundError(f"{name!r} is not the name of a ranking; it must be like positive-3")
-        _, block = parts
+        self.score, self.block = parts
         height, width = store.spec.preprocessing.crop
-        n_y, n_x = block_grid(height, width, block)
+        n_y, n_x = block_grid(height, width, self.block)
         super().__init__(
             store.root,
             ranking=name,

@@ -1,94 +1,114 @@
-"""The folder that an evaluation leaves behind: written whole or not at all, and read again. Needs no torch."""
+"""`igstore report`: an evaluation as one page for people, its figures as pictures and numbers beside it. No torch."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 import os
-import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import xarray as xr
-from zarr.errors import ZarrUserWarning
+from igstore import cli, files, page, sections
+from igstore.errors import UserError
+from igstore.findings import Findings
+from igstore.masking import MaskedImages
+from igstore.results import settings_sha256
+from igstore.results_folder import RESULTS
 
-from igstore import files
-from igstore.errors import DamagedStoreError, StoreExistsError, UserError
-from igstore.results import Row
-from igstore.tables import article_tables
+Path_ = str | os.PathLike[str]
 
-RESULTS, CSV, TABLES, PREDICTIONS = "results.json", "results.csv", "tables.md", "predictions.zarr"
-
-
-def check_out(out: Path) -> None:
-    """Raise `StoreExistsError` unless a report may be written to `out`: nothing there, or nothing but a report."""
-    strangers = (
-        sorted({path.name for path in out.iterdir()} - {RESULTS, CSV, TABLES, PREDICTIONS}) if out.is_dir() else []
-    )
-    if strangers or (out.exists() and not out.is_dir()):
-        what = f"holds {strangers[0]}, which igstore evaluate did not make" if strangers else "is a file"
-        raise StoreExistsError(f"{out} {what}: give another --out, or remove it")
+_LEDE = (
+    "Integrated Gradients says how much each block of an image speaks for a class. Here models are shown only the "
+    "blocks that hold the top p% of that (top), or all the others (bottom), or as many blocks at random: what do they "
+    "still recognise?"
+)
 
 
-def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset) -> None:
-    """Write ``results.json``, ``results.csv``, ``tables.md`` and ``predictions.zarr`` into the folder `out`.
+def make_report(
+    results: Path_, out: Path_ = "report.html", *, stores: Sequence[Path_] = (), images: Any = None
+) -> list[Path]:
+    """Write what `evaluate` found as a page that is complete in itself, and a folder with its figures beside it.
 
-    They are written beside it under a temporary name, and then take the place of what was there.
+    The same results and stores make the same bytes.
+
+    Parameters
+    ----------
+    results
+        The folder that ``evaluate(..., out=results)`` wrote.
+    out
+        The page. The folder is called after it: ``report_files`` for ``report.html``. It gets every figure as PNG, its
+        numbers as CSV, and in ``classes.csv`` and ``images.csv`` all of what the page shows the extremes of.
+    stores
+        Stores that were evaluated, to show pictures from.
+    images
+        Where the pixels are, for stores without; as `masked_view`.
+
+    Returns
+    -------
+    The files written, the page first.
 
     Raises
     ------
-    StoreExistsError
-        Something that is not a report is there.
     UserError
-        The folder cannot be written.
-    """
-    check_out(out)
-    out = out.absolute()
-    making, replaced = (out.with_name(f".{out.name}.{os.getpid()}.{word}{files.PARTIAL}") for word in ("new", "old"))
-    try:
-        making.mkdir(parents=True)
-        records = [dataclasses.asdict(row) for row in rows]
-        files.write_atomically(making / RESULTS, (json.dumps(records, indent=1, allow_nan=False) + "\n").encode())
-        files.write_atomically(making / CSV, _csv(records).encode())
-        tables = "\n\n".join(table.markdown() for table in article_tables(rows))
-        files.write_atomically(making / TABLES, f"{tables}\n".encode())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ZarrUserWarning)  # consolidation is not yet in the v3 standard
-            predictions.to_zarr(making / PREDICTIONS, zarr_format=3, consolidated=True)
-        if out.exists():
-            out.replace(replaced)
-        making.replace(out)
-    except OSError as error:
-        raise UserError(f"the results cannot be written to {out}: {error.strerror or error}") from error
-    finally:
-        for folder in (making, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _csv(records: Sequence[dict[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def read_rows(out: Path) -> list[Row]:
-    """The rows of the report in the folder `out`; none where there is no report.
-
-    Raises
-    ------
+        There are no results, a store is not one of theirs, matplotlib is missing, or the page cannot be written.
     DamagedStoreError
-        Its ``results.json`` holds something else.
+        The results contradict each other.
     """
+    results, out = Path(results), Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"out is {out}; it must be an HTML file: {out.with_suffix('.html')}")
+    findings = Findings.read(results)
+    beside = sections.Beside(out.with_name(f"{out.stem}_files"))
+    material = sections.Material(findings, _sources(findings, stores, images), beside)
+    results_sha256 = files.checksum(results / RESULTS)["sha256"]
+    parts = {
+        "At a glance": sections.glance(material),
+        "Accuracy": sections.accuracy(material),
+        "Tables": sections.tables(material),
+        "What is visible": sections.visible(material),
+        "Completeness": sections.completeness(material),
+        "Classes": sections.classes(material),
+        "Images": sections.images(material),
+        "Provenance": sections.provenance(material, results_sha256),
+    }
+    title = f"Masked images: {', '.join(dict.fromkeys(row.model for row in findings.rows))}"
+    contents = {out: page.page(title, _LEDE, parts).encode()}
+    contents |= {beside.folder / name: content for name, content in beside.files.items()}
     try:
-        return [Row(**record) for record in json.loads((out / RESULTS).read_bytes())]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (ValueError, TypeError) as error:
-        raise DamagedStoreError(
-            f"{out / RESULTS} holds no results of this igstore's ({error}); remove {out}"
-        ) from error
+        for path, content in contents.items():
+            files.write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+    return list(contents)
+
+
+def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> dict[str, MaskedImages]:
+    sources = {}
+    for store in stores:
+        source = MaskedImages(store, images)
+        settings = settings_sha256(source.reader.spec)
+        cells = {row.cell for row in findings.rows if row.store_settings_sha256 == settings}
+        if not cells:
+            names = ", ".join(sorted({row.store for row in findings.rows}))
+            raise UserError(f"{store} is not the store of these results, which are of {names}: its settings differ")
+        source.check(*cells)
+        sources[settings] = source
+    return sources
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore report RESULTS``."""
+    parser = cli.Parser("report", "Make a page of what igstore evaluate --out wrote, with figures, tables and images.")
+    parser.add_argument("results", metavar="RESULTS", help="the folder that igstore evaluate --out wrote")
+    parser.add_argument("--out", metavar="HTML", default="report.html", help="the page to write; figures go beside it")
+    parser.add_argument(
+        "--store", dest="stores", nargs="+", default=[], metavar="STORE", help="evaluated stores, to show images from"
+    )
+    parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    options = vars(parser.parse_args(argv))
+    written = make_report(options.pop("results"), options.pop("out"), **options)
+    cli.say(f"{written[0]}: open it in a browser; {len(written) - 1} figures and tables in {written[1].parent}")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -194,7 +194,7 @@ def _classes(source: MaskedImages, image: int) -> str:
     ]
     if target not in (label, predicted):
         parts.append(f"attributed: {name(target)}")
-    elif label != predicted:
+    elif 0 <= label != predicted:
         parts.append(f"attributed: the {'label' if target == label else 'prediction'}")
     return " · ".join(parts)
 

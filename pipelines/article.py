@@ -25,8 +25,8 @@ from igstore.images import ImageList, find_images
 from igstore.info import StoreInfo
 from igstore.masking import MaskOptions
 from igstore.reader import StoreReader
-from igstore.report import read_rows
 from igstore.results import Row, settings_sha256
+from igstore.results_folder import read_rows
 from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
 from igstore.tables import Table, article_tables, describer, grouped, images_of, percent
 

@@ -17,19 +17,21 @@ errors schema files progress cli
 quadrature blocks masks memory acceleration imagenet images normalisation weights baselines
 models attribution layout
 reader store
-integrity repair
+contents integrity repair
 staging presence decoding pixels masking
 views dataset batches
-devices provenance attributor shards proportions results tables
-info rank verify
+devices provenance attributor shards proportions results tables results_folder
+info rank recompute verify
 builder build
-showing report evaluate show view
+showing evaluate show view
+charts findings figures summaries page sections report
 """.split()
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store integrity repair
-staging presence decoding pixels masking views info rank verify
+errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store contents integrity
+repair staging presence decoding pixels masking views info rank verify
+show view proportions results tables results_folder charts findings figures summaries page sections report
 """.split()
 
 

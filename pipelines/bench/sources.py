@@ -155,12 +155,10 @@ def image_folder(data: Data, order: Order, workers: int) -> Iterator[Any]:
 
 
 def _to_tensor(preprocessing: Preprocessing) -> list[Any]:
-    resize = [transforms.Resize(preprocessing.resize, InterpolationMode(preprocessing.interpolation))]
-    return [
-        *(resize if preprocessing.resize else []),
-        transforms.CenterCrop(preprocessing.crop),
-        transforms.ToTensor(),
-    ]
+    steps = [transforms.CenterCrop(preprocessing.crop), transforms.ToTensor()]
+    if preprocessing.resize is None:
+        return steps
+    return [transforms.Resize(preprocessing.resize, InterpolationMode(preprocessing.interpolation)), *steps]
 
 
 class _ArgsortDataset(Dataset[tuple[Tensor, int]]):

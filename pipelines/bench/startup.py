@@ -24,10 +24,12 @@ _DISTINCT = 16  # pictures; their files are repeated
 
 
 def waits(store: Path, *, repeats: int, seconds: float) -> rounds.Rounds:
-    """Seconds that new processes take, by turns: Python alone, importing igstore, `igstore info` of a store."""
+    """Seconds that new processes take, by turns: Python alone, imports of igstore, `igstore info` of a store."""
     commands = {
         "python": ["-c", "pass"],
         "import igstore": ["-c", "import igstore"],
+        "import open_store": ["-c", "from igstore import open_store"],
+        "import MaskedImageNet": ["-c", "from igstore import MaskedImageNet"],
         "igstore info": ["-m", "igstore", "info", str(store)],
     }
     return rounds.take_turns(
@@ -38,7 +40,7 @@ def waits(store: Path, *, repeats: int, seconds: float) -> rounds.Rounds:
 
 
 def imports_torch(store: Path) -> bool:
-    """Whether importing igstore and reading a store's figures imports torch."""
+    """Whether reading a store's figures, as `igstore info` does, imports torch."""
     script = "import sys, igstore; igstore.store_info(sys.argv[1]); print('torch' in sys.modules)"
     return _run_python("-c", script, str(store)).strip() == "True"
 
@@ -70,12 +72,12 @@ def small_network() -> torch.nn.Module:
 
 
 def build(folder: str, store: str, limit: int) -> None:
-    """Build a store of the first `limit` images of a folder with `small_network`, one step each."""
-    igstore.build_store(small_network(), folder, store, preprocessing=_PREPROCESSING, n_steps=1, limit=limit)
+    """Build a store of the first `limit` images of a folder with `small_network`, few steps each."""
+    igstore.build_store(small_network(), folder, store, preprocessing=_PREPROCESSING, n_steps=4, limit=limit)
 
 
 def peak_of_builds(scratch: Path, sizes: Sequence[int]) -> dict[int, int]:
-    """Peak memory in bytes of a build of so many images, each in a process of its own; stores are ``scratch/N.zarr``."""
+    """Peak memory in bytes of builds of so many images, each in its own process; they leave ``scratch/N.zarr``."""
     folder = scratch / "images"
     photographs = smooth_pictures(_DISTINCT, (375, 500))  # as large as ImageNet's
     for first in range(0, max(sizes), _DISTINCT):
@@ -107,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     without_pixels = sum(sizes.values()) - sizes["pixels"]
     cli.say(
         *output.table([{"process": name, "seconds": value} for name, value in seconds.items()]),
-        f"torch is {'' if with_torch else 'not '}imported",
+        f"igstore info does {'' if with_torch else 'not '}import torch",
         "",
         *output.table([{"on disk": name, "bytes an image": value} for name, value in sizes.items()]),
         f"with pixels {cli.size(sum(sizes.values()))} an image, without {cli.size(without_pixels)}",
@@ -120,6 +122,8 @@ def main(argv: Sequence[str]) -> int:
         "store": str(options.store) if options.store else "synthetic",
         "python_seconds": seconds["python"],
         "import_seconds": seconds["import igstore"] - seconds["python"],
+        "open_store_seconds": seconds["import open_store"] - seconds["python"],
+        "dataset_seconds": seconds["import MaskedImageNet"] - seconds["python"],
         "info_seconds": seconds["igstore info"],
         "imports_torch": with_torch,
         "bytes_per_image": sum(sizes.values()),

@@ -1,0 +1,94 @@
+"""Attributing some images of a store again, to see whether its maps are those of the model that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igstore.attributor import Attributor
+from igstore.blocks import block_ranks, block_shares, block_sums
+from igstore.devices import find_device
+from igstore.errors import UserError
+from igstore.integrity import Finding
+from igstore.models import Classifier, load_classifier
+from igstore.pixels import find_pixels, open_pixels
+from igstore.reader import StoreReader
+from igstore.schema import BUILT, BuildSpec
+
+_BATCH = 16  # images in memory at a time
+_LEAST_IOU = 0.99  # other batches, threads or devices of one precision stay above it
+_OUTPUT_ERROR = {"float32": 1e-3, "tf32": 1e-2, "float16": 1e-2}  # relative to the output, or to 1 if it is smaller
+
+
+def recompute_images(
+    store: StoreReader, count: int, *, images: Any, weights: str | None, device: str, seed: int
+) -> list[Finding]:
+    """Attribute `count` built images, chosen at random, again; parameters and errors as `verify_store`.
+
+    Returns
+    -------
+    What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks on average.
+    """
+    attributor = Attributor(_load(store.spec, weights), store.spec, device=find_device(device))
+    source = open_pixels(store, find_pixels(images))
+    built = np.flatnonzero(store.status == BUILT)
+    chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
+    overlaps = np.zeros(len(chosen))
+    different = np.zeros(len(chosen), bool)
+    for start in range(0, len(chosen), _BATCH):
+        batch = slice(start, start + _BATCH)
+        here = chosen[batch]
+        ids = [store.image_ids[image] for image in here]
+        again = attributor(source.read(here), store.scalars("label")[here], ids, [""] * len(here))
+        overlaps[batch] = _overlaps(again["attribution"], store.array("attribution").read(here))
+        before = store.scalars("output")[here]
+        error = _OUTPUT_ERROR[store.spec.precision]
+        different[batch] = ~np.isclose(again["output"], before, rtol=error, atol=error)
+    return list(_findings(store, chosen, overlaps, different))
+
+
+def _load(spec: BuildSpec, weights: str | None) -> Classifier:
+    """The model that a store names, with the weights that it was made with."""
+    try:
+        # what is recorded is a name that loads them, or the name of a file, or of what the model brings by itself
+        classifier = load_classifier(spec.model, weights or spec.weights)
+    except UserError:
+        if weights is not None:
+            raise
+        classifier = load_classifier(spec.model)
+    if classifier.weights_sha256 != spec.weights_sha256:
+        raise UserError(
+            f"the weights of {spec.model} at hand are others (sha256 {classifier.weights_sha256[:12]}) than those that "
+            f"the store was made with ({spec.weights}, sha256 {spec.weights_sha256[:12]}); give weights: their file"
+        )
+    return classifier
+
+
+def _overlaps(one: NDArray[np.float16], other: NDArray[np.float16]) -> NDArray[np.float64]:
+    """Intersection over union of the blocks that hold half of each map's positive attribution, (image,)."""
+    top = [block_shares(scores, block_ranks(scores)) < np.float32(0.5) for scores in map(block_sums, (one, other))]
+    both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
+
+
+def _findings(
+    store: StoreReader, chosen: NDArray[np.int64], overlaps: NDArray[np.float64], different: NDArray[np.bool_]
+) -> Iterator[Finding]:
+    def finding(place: int, array: str, problem: str) -> Finding:
+        shard = int(chosen[place]) // store.shard_size
+        return Finding(problem, store.shard_files(shard)[array], shard, array)
+
+    for place in np.flatnonzero(different).tolist():
+        problem = f"holds another output for image {store.image_ids[chosen[place]]} than the model gives now"
+        yield finding(place, "output", problem)
+    if len(chosen) and overlaps.mean() < _LEAST_IOU:
+        least = int(overlaps.argmin())
+        yield finding(
+            least,
+            "attribution",
+            f"holds other maps than the model gives now: masks at p=50 of {len(chosen)} images overlap by "
+            f"{overlaps.mean():.3f} on average, by {overlaps[least]:.3f} for image {store.image_ids[chosen[least]]}",
+        )

@@ -21,6 +21,7 @@ INK, RULE = "#1b1d1f", "#d4d7da"
 
 _PNG_DPI = 160
 _BAND_OPACITY = 0.16
+_LETTERS_PER_INCH = 12  # of a legend, whose lines and gaps are worth 8 letters a column
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ LOOKS = {
     "reference": Look(INK, (0, (8, 3)), width=1.1),
 }
 
-# For what has no meaning of its own, in turn.
-TURNS = (
-    Look("#009e73", "-", "o"),
-    Look("#cc79a7", (0, (6, 2)), "s"),
-    Look("#e69f00", (0, (1, 1.5)), "D"),
-    Look("#56b4e9", (0, (5, 1.5, 1, 1.5)), "^"),
-)
+_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_LINES = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+def look_in_turn(turn: int) -> Look:
+    """A look for what has no meaning of its own: the first sixteen differ, the first four in both colour and line."""
+    return Look(_COLOURS[turn % 4], _LINES[(turn + turn // 4) % 4])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +144,12 @@ class Chart:
     @cached_property
     def _figure(self) -> Figure:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         columns = min(len(self.panels), 2 if len(self.panels) in (2, 4) else 3)
         rows = -(-len(self.panels) // columns)
         width, height = {1: (7.0, 3.9), 2: (8.6, 3.4), 3: (10.0, 3.0)}[columns]
-        figure = Figure(figsize=(width, 0.5 + rows * height), layout="constrained")
+        figure = Figure(figsize=(width, 0.5 + rows * height), layout=ConstrainedLayoutEngine(wspace=0.04))
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, panel in zip(grid, self.panels, strict=False):
             self._draw_panel(axes, panel)
@@ -160,7 +162,8 @@ class Chart:
             if place % columns == 0:
                 axes.set_ylabel(self.y_label)
         handles = {line.get_label(): line for axes in grid for line in axes.get_lines()}
-        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=3, frameon=False)
+        columns = min(4, max(1, int(width * _LETTERS_PER_INCH / (8 + max(map(len, handles))))))
+        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns, frameon=False)
         return figure
 
     def _draw_panel(self, axes: Axes, panel: Panel) -> None:
@@ -231,6 +234,6 @@ def _for_page(svg: str, name: str) -> str:
     body = body.replace("xlink:href", "href")
     body = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", body)
     body = body.replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    for look in (*LOOKS.values(), *TURNS):
-        body = body.replace(look.colour, f"var(--c-{look.colour[1:]})")
+    for colour in (*(look.colour for look in LOOKS.values()), *_COLOURS):
+        body = body.replace(colour, f"var(--c-{colour[1:]})")
     return f'<svg {box} aria-hidden="true">{body.strip()}'

@@ -66,7 +66,7 @@ def check_images(spec: BuildSpec, values: Values, record: Mapping[str, Any], *, 
             kept = failed.copy()
             differs = ~np.isclose(values[name][failed], fill, rtol=0, atol=0, equal_nan=True)
             kept[failed] = differs.any(axis=tuple(range(1, differs.ndim)))
-            rules.append((name, kept, "holds something, though there is nothing,"))
+            rules.append((name, kept, "is filled in, although it failed,"))
     for name, wrong, problem in rules:
         if wrong.any():
             yield name, f"{problem} for {_images(ids, wrong)}"

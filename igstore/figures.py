@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from igstore.charts import LOOKS, TURNS, Chart, Panel, Series
+from igstore.charts import LOOKS, Chart, Panel, Series, look_in_turn
 from igstore.findings import KEEPS, Case, Findings
 from igstore.results import Row
 
@@ -93,8 +92,9 @@ def completeness(findings: Findings, name: str) -> Chart:
         errors, _ = findings.completeness(row)
         quantiles = np.quantile(errors, _LEVELS / 100, method="inverted_cdf").astype(np.float64)
         drawn = (quantiles > 0) & np.isfinite(quantiles)  # a logarithmic axis has no place for others
-        look = dataclasses.replace(TURNS[turn % len(TURNS)], marker="")
-        series.append(Series(label=label, look=look, x=quantiles[drawn].tolist(), y=_LEVELS[drawn].tolist()))
+        series.append(
+            Series(label=label, look=look_in_turn(turn), x=quantiles[drawn].tolist(), y=_LEVELS[drawn].tolist())
+        )
     return Chart(
         name=name,
         x_label="completeness error",

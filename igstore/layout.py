@@ -42,6 +42,11 @@ class Variable:
         """Image-shaped: shards of many images with an inner chunk of one."""
         return len(self.dims) > 1
 
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Its dtype in memory."""
+        return np.dtype(np.dtypes.StringDType() if self.dtype == "string" else self.dtype)
+
 
 def _scalar(dtype: str, fill_value: float | int | str, description: str) -> Variable:
     return Variable((IMAGE,), dtype, fill_value, description)

@@ -277,7 +277,9 @@ class Sharded:
 
     def _check(self, array: ImageArray, variable: layout.Variable) -> None:
         inner = tuple(self.sizes[dim] for dim in variable.dims[1:])
-        is_right = array.dtype == variable.dtype and array.shape[1:] == inner and array.shard_size == self.shard_size
+        is_right = (
+            array.dtype == variable.numpy_dtype and array.shape[1:] == inner and array.shard_size == self.shard_size
+        )
         if not is_right or len(array) < self.n_images:
             raise DamagedStoreError(
                 f"{array.root / array.name} is {array.dtype} {array.shape} in shards of {array.shard_size}; it must be "
@@ -381,7 +383,7 @@ class StoreReader(Sharded):
         try:
             with _reading(self.root / name):
                 array = zarr.open_array(self.root / name, mode="r", zarr_format=3)
-                dtype = np.dtype(self.variables[name].dtype if name != "image_id" else np.dtypes.StringDType())
+                dtype = self.variables[name].numpy_dtype
                 if array.ndim != 1 or array.shape[0] < self.n_images or array.dtype != dtype:
                     raise ValueError(f"it is {array.dtype} {array.shape}, not {dtype} {(self.n_images,)}")
                 return np.asarray(array[: self.n_images])

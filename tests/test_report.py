@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from stores import CLASS_NAMES, make_store
 
+from igstore.charts import LOOKS, look_in_turn
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.findings import Findings
 from igstore.masking import MaskedImages, MaskOptions
@@ -220,10 +221,9 @@ def test_figures_follow_the_page_into_the_dark(report):
 
 
 def test_series_differ_in_more_than_colour():
-    from igstore.charts import LOOKS, TURNS
-
-    for looks in (list(LOOKS.values()), list(TURNS)):
-        assert len({(str(look.line), look.marker) for look in looks}) == len(looks)
+    assert len({(str(look.line), look.marker) for look in LOOKS.values()}) == len(LOOKS)
+    assert len({str(look_in_turn(turn).line) for turn in range(4)}) == 4
+    assert len({(look.colour, str(look.line)) for look in map(look_in_turn, range(16))}) == 16
 
 
 def test_pictures_of_figures_are_pictures(report):

@@ -692,6 +692,23 @@ def test_picking_images(browser, address, store):
         assert page.tab.is_disabled("#next")
 
 
+def test_the_image_shown_is_the_one_picked_last(browser, address, store):
+    held = []
+    with viewer(browser, f"{address}#image=image_0009") as page:
+        page.settle()
+        page.tab.route(
+            "**/pixels/**",
+            lambda route: held.append(route) if route.request.headers["range"] == "bytes=0-9635" else route.continue_(),
+        )
+        page.tab.evaluate("() => { location.hash = 'image=image_0000' }")
+        page.go(image="image_0003")
+        assert len(held) == 1
+        with page.tab.expect_response("**/pixels/**"):
+            held[0].continue_()
+        page.tab.evaluate("() => new Promise(go => setTimeout(go, 200))")
+        assert np.array_equal(page.canvas("masked"), masked_pixels(store, "image_0003"))
+
+
 def test_the_keys_change_the_mask(browser, address, store):
     with viewer(browser, f"{address}#image=image_0003") as page:
         page.settle()

@@ -110,8 +110,8 @@ class Page {
       if (!target.matches(":focus-visible")) target.blur(); // it was the mouse: arrow keys go to the images
     });
     part("controls").addEventListener("submit", (event) => event.preventDefault());
-    addEventListener("hashchange", () => {
-      const asked = parseHash(location.hash);
+    addEventListener("hashchange", ({ newURL }) => {
+      const asked = parseHash(new URL(newURL).hash); // keepAddress may have changed location.hash meanwhile
       this.change({ ...asked, image: asked.image ?? this.state.image });
     });
     const following = (choices, value) => choices[(choices.indexOf(value) + 1) % choices.length];

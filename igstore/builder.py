@@ -26,7 +26,7 @@ from igstore.attribution import check_precision
 from igstore.attributor import Arrays, Attributor
 from igstore.decoding import Decoder, Job
 from igstore.devices import find_device
-from igstore.errors import SettingsMismatchError, UserError
+from igstore.errors import SettingsMismatchError, StoreExistsError, UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.presence import at_work, writing
@@ -180,7 +180,8 @@ def _begun_store(build: Build) -> StoreReader | None:
 
 
 def _has_work(build: Build, store: StoreReader) -> bool:
-    return not store.attributes["complete"] or bool(store.failed) or build.n_images > store.n_images
+    is_done = store.is_complete and store.attributes["complete"]
+    return not is_done or bool(store.failed) or build.n_images > store.n_images
 
 
 def _make_room(build: Build, *, overwrite: bool) -> None:
@@ -196,7 +197,12 @@ def _make_room(build: Build, *, overwrite: bool) -> None:
                 )
             shutil.rmtree(path)
     if not (path / "zarr.json").exists():
-        create_store(path, build.spec, image_ids=images.ids, labels=images.labels, attributes=_attributes(build))
+        try:
+            create_store(path, build.spec, image_ids=images.ids, labels=images.labels, attributes=_attributes(build))
+        except StoreExistsError:
+            if _begun_store(build) is None:
+                raise
+            # somebody else began the same build at the same time
     elif len(images) > StoreReader(path).n_images:
         extend_store(path, image_ids=images.ids, labels=images.labels)
 

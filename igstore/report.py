@@ -91,6 +91,7 @@ def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> dict[s
             names = ", ".join(sorted({row.store for row in findings.rows}))
             raise UserError(f"{store} is not the store of these results, which are of {names}: its settings differ")
         source.check(*cells)
+        source.check_pixels()
         sources[settings] = source
     return sources
 

@@ -101,6 +101,7 @@ def show_store(
     cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
     source = MaskedImages(store, images)
     source.check(*cells)
+    source.check_pixels()
     return picture_of(source, _spread(source.built, _FEW) if image is None else _find(source, image), cells)
 
 
@@ -182,10 +183,10 @@ def _strip(source: MaskedImages, image: int, cells: Sequence[MaskOptions]) -> St
 
 def _classes(source: MaskedImages, image: int) -> str:
     label, predicted, target = (int(source.reader.scalars(name)[image]) for name in ("label", "prediction", "target"))
-    names = source.reader.attributes.get("class_names", ())
+    names, _ = source.class_lists()
 
     def name(index: int) -> str:
-        return names[index] if 0 <= index < len(names) else f"class {index}"
+        return str(names[index]) if 0 <= index < len(names) else f"class {index}"
 
     verdict = "" if label < 0 else " (right)" if predicted == label else " (wrong)"
     parts = [

@@ -67,8 +67,8 @@ def create_store(
         lay_out_store(making, spec, image_ids=image_ids, labels=labels, attributes=attributes)
         making.replace(path)
     except OSError as error:
-        if (path / _ROOT).exists():
-            return  # another process was quicker
+        if path.exists() and any(path.iterdir()):
+            raise StoreExistsError(f"{path} has been made by another process meanwhile") from error
         raise UserError(f"the store cannot be made at {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)

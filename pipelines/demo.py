@@ -1,7 +1,7 @@
 """`make demo`: the main job on what the package registry holds, EfficientNet-Lite0's weights and foolbox's photographs.
 
-Attributes the 20 labelled photographs, ranks their blocks, shows them masked, and prints the article's tables; run
-again, it finds the store finished.
+Attributes the 20 labelled photographs, ranks their blocks, shows them masked, prints the article's tables and writes
+the report; run again, it finds the store finished.
 """
 
 from __future__ import annotations
@@ -62,7 +62,14 @@ def main(argv: Sequence[str]) -> int:
     evaluation = igstore.evaluate(store, out=results, show_progress=True)
     for table in article_tables(evaluation.rows):
         cli.say(table.text(), "")
-    cli.say(f"20 photographs say little: the point is that this is the whole way. Store: {store}, tables: {results}")
+    page = options.out / "report.html"
+    igstore.make_report(results, page, stores=[store])
+    cli.say(
+        f"{count} photographs say little; the point is that this is the whole way.",
+        f"open this    {page}",
+        f"look closer  igstore view {store}",
+        f"use it       MaskedImageNet({str(store)!r}, p=50, keep='bottom')",
+    )
     return cli.DONE
 
 

@@ -72,3 +72,72 @@ class Slow(nn.Module):
 def demo_network() -> nn.Module:
     """What ``--model networks:demo_network`` finds; IGSTORE_TEST_SLOW makes it slow."""
     return Slow(Smooth().eval(), float(os.environ.get("IGSTORE_TEST_SLOW", "0")))
+
+
+class Greedy(nn.Module):
+    """Runs out of memory above two images, as a device does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner(x)
+
+
+class Noisy(nn.Module):
+    """Forgets that dropout is for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(nn.functional.dropout(x, 0.5, training=True))
+
+
+class Undefined(nn.Module):
+    """Has no number for images whose first value is high."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) / (x[:, 0, :1, 0] < 1)
+
+
+class Flat(nn.Module):
+    """Returns one number an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[:, 0]
+
+
+class Named(nn.Module):
+    """Returns its scores under a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(x)}
+
+
+class Broken(nn.Module):
+    """Fails when gradients are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)

@@ -504,6 +504,16 @@ def test_a_store_of_other_results(results, tmp_path):
         make_report(results, tmp_path / "report.html", stores=[other])
 
 
+def test_a_store_without_pixels_takes_them_from_elsewhere(results, store, report, tmp_path):
+    bare = make_store(tmp_path / "toy.zarr", N, shard_size=20, failed=[7], pixels=False)
+    bare_results = write(tmp_path / "results", [shown(bare)])
+    with pytest.raises(UserError, match="images=PATH"):
+        make_report(bare_results, tmp_path / "report.html", stores=[bare])
+    make_report(bare_results, tmp_path / "report.html", stores=[bare], images=store)
+    pictures = [path / "report_files" / "images_top.png" for path in (tmp_path, report.parent)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
 def test_a_page_that_cannot_be_written(results, tmp_path):
     with pytest.raises(UserError, match="must be an HTML file"):
         make_report(results, tmp_path / "report.pdf")

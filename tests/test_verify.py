@@ -374,7 +374,7 @@ def swap_images(*names: str) -> Callable[[dict[str, np.ndarray]], None]:
 CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str, str]] = {
     "a status": (put("status", 7), "status", "says neither built nor failed for image 01"),
     "a class": (put("prediction", 1000), "prediction", "is no class for image 01"),
-    "a target": (put("target", 6, image=slice(None)), "target", "is not the prediction, for image"),
+    "a target": (put("target", 6, image=slice(None)), "target", "is not the prediction for image"),
     "an output": (put("output", np.nan), "output", "is no logit for image 01"),
     "an error": (put("completeness_error", -0.5), "completeness_error", "is negative or no number for image 01"),
     "steps": (put("n_steps", 5), "n_steps", "is no number of steps of this build for image 01"),

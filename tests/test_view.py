@@ -696,10 +696,14 @@ def test_the_image_shown_is_the_one_picked_last(browser, address, store):
     held = []
     with viewer(browser, f"{address}#image=image_0009") as page:
         page.settle()
-        page.tab.route(
-            "**/pixels/**",
-            lambda route: held.append(route) if route.request.headers["range"] == "bytes=0-9635" else route.continue_(),
-        )
+
+        def hold_first_image(route: Any) -> None:
+            if route.request.headers.get("range") == "bytes=0-9635":
+                held.append(route)
+            else:
+                route.continue_()
+
+        page.tab.route("**/pixels/**", hold_first_image)
         page.tab.evaluate("() => { location.hash = 'image=image_0000' }")
         page.go(image="image_0003")
         assert len(held) == 1

@@ -36,7 +36,7 @@ from igstore.reader import StoreReader
 from igstore.repair import repair_store
 from igstore.schema import BUILT, FAILED, UNKNOWN_LABEL, BuildSpec, Preprocessing
 from igstore.shards import ShardWriter
-from igstore.store import create_store, extend_store, finish_store, write_shard
+from igstore.store import check_there, create_store, extend_store, finish_store, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ def run_build(
             presence.sweep()
     elif staging.leftovers(build.path):
         with at_work(build.path) as presence:
+            staging.discard_units(build.path, 0, there.n_images)
             presence.sweep()
     if rank and build.spec.reduce != "none":
         rank_store(build.path, show_progress=show_progress)
@@ -157,7 +158,7 @@ def _work(build: Build, attributor: Attributor, decoder: Decoder, *, show_progre
         if record["failed"]:
             _retry_failed(build, store, shard, attributor, decoder)
     _attribute_all(build, store, jobs, attributor, decoder, show_progress=show_progress)
-    store = StoreReader(build.path)
+    store = check_there(build.path, build.spec, store.n_images)
     if store.is_complete:
         staging.discard_units(build.path, 0, store.n_images)  # that somebody else kept of a shard that we finished
     if store.is_complete and not store.attributes["complete"]:
@@ -244,7 +245,7 @@ def _attribute_all(
         def missing() -> Iterator[Job]:
             """The units that are neither staged nor, by somebody else since this build began, in a finished shard."""
             for job in jobs:
-                staged = staging.load_unit(build.path, job.first, len(job))
+                staged = staging.load_unit(build.path, build.spec, job.first, len(job))
                 # a unit in which an image failed is done again whole, in the same batches
                 if staged is not None and not (staged["status"] == FAILED).any():
                     writer.add(job, staged, is_staged=True)

@@ -82,8 +82,9 @@ class Preprocessing:
             raise UserError(
                 f"crop is {self.crop}; it must be (height, width), each at least 1 pixel, and {_MOST_PIXELS} at most"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(f"mean {self.mean} and std {self.std} must have three values each, std above 0")
+        is_finite = all(map(math.isfinite, self.mean + self.std))
+        if len(self.mean) != 3 or len(self.std) != 3 or not is_finite or min(self.std) <= 0:
+            raise UserError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from igstore import layout, staging
 from igstore.decoding import Job
 from igstore.presence import writing
-from igstore.reader import StoreReader
 from igstore.schema import BuildSpec
-from igstore.store import write_shard
+from igstore.store import check_there, write_shard
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -66,7 +65,7 @@ class ShardWriter:
 
     def _add(self, job: Job, arrays: Arrays, is_staged: bool) -> None:
         if not is_staged:
-            staging.save_unit(self._path, job.first, arrays)
+            staging.save_unit(self._path, self._spec, job.first, arrays)
         units = self._units.setdefault(job.shard, {})
         units[job.first] = arrays
         first, last = layout.shard_bounds(job.shard, self._n_images, self._spec.shard_size)
@@ -88,6 +87,6 @@ class ShardWriter:
             **self._runtime,
         }
         with writing(self._path):
-            if StoreReader(self._path).record(shard) is None:
+            if check_there(self._path, self._spec, self._n_images).record(shard) is None:
                 write_shard(self._path, self._spec, self._n_images, shard, whole, record)
             staging.discard_units(self._path, first, last)

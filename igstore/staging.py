@@ -8,6 +8,7 @@ The folder that holds them, beside the locks of `igstore.presence`, is gone when
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from igstore.errors import StoreNotFoundError
 from igstore.files import PARTIAL, temporaries, write_atomically
+from igstore.schema import BuildSpec
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -47,30 +49,34 @@ def _file(store: Path, first: int) -> Path:
     return folder(store) / f"{first:08d}.npz"
 
 
-def save_unit(store: Path, first: int, arrays: Arrays) -> None:
-    """Keep the arrays of the unit whose first image is number `first`."""
+def save_unit(store: Path, spec: BuildSpec, first: int, arrays: Arrays) -> None:
+    """Keep the arrays of the unit, made with `spec`, whose first image is number `first`."""
     content = BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
     make_folder(store)
-    write_atomically(_file(store, first), content.getvalue(), _digest(content.getvalue()))
+    write_atomically(_file(store, first), content.getvalue(), _digest(spec, content.getvalue()))
 
 
-def load_unit(store: Path, first: int, count: int) -> Arrays | None:
-    """The arrays of the unit that starts at image `first`; None unless it is there, whole, and of `count` images."""
+def load_unit(store: Path, spec: BuildSpec, first: int, count: int) -> Arrays | None:
+    """The arrays of the unit that starts at image `first`.
+
+    None unless it is there, as it was saved, of `count` images, and made with `spec`: somebody may have put another
+    store in the place of the one that it was for.
+    """
     try:
         stored = _file(store, first).read_bytes()
     except FileNotFoundError:
         return None
     content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
-    if _digest(content) != digest:
+    if _digest(spec, content) != digest:
         return None
     with np.load(BytesIO(content), allow_pickle=False) as loaded:
         arrays = dict(loaded)
     return arrays if all(len(values) == count for values in arrays.values()) else None
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
+def _digest(spec: BuildSpec, content: bytes) -> bytes:
+    return hashlib.sha256(json.dumps(spec.to_attributes()).encode() + content).digest()
 
 
 def discard_units(store: Path, first: int, last: int) -> None:

@@ -147,6 +147,28 @@ def write_shard(path: Path, spec: BuildSpec, n_images: int, shard: int, arrays: 
     _write_pieces(path, spec, None, layout.variables(spec), sizes, shard, arrays, record)
 
 
+def check_there(path: Path, spec: BuildSpec, n_images: int) -> StoreReader:
+    """The store at `path`, if it is still the one that is being written.
+
+    Raises
+    ------
+    StoreNotFoundError
+        It is gone, or another is in its place.
+    """
+    try:
+        store = StoreReader(path)
+    except StoreNotFoundError:
+        raise StoreNotFoundError(
+            f"{path} is gone: it was deleted or moved while it was being written; start again"
+        ) from None
+    if store.spec != spec or store.n_images != n_images:
+        raise StoreNotFoundError(
+            f"{path} is not the store that was being written: another process has replaced or extended it; "
+            "run the same command again to go on with what is there"
+        )
+    return store
+
+
 def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str, Any]) -> None:
     """Make the arrays of a ranking, or make those that are there as long as the store.
 
@@ -303,7 +325,7 @@ def _write_pieces(
                 f"shard {shard} of {name} is {values.dtype} {values.shape}; it must be {variable.dtype} {expected}: "
                 "only whole shards are written"
             )
-    _check_there(path, spec, sizes[IMAGE])
+    check_there(path, spec, sizes[IMAGE])
     record_path = path / layout.record_file(shard, ranking)
     record_path.unlink(missing_ok=True)  # from here to the end, the shard does not exist
     sums = {}
@@ -315,7 +337,7 @@ def _write_pieces(
             make = _raw_shard if variable.is_sharded else _raw_chunk
             files.write_atomically(path / file_name, *make(arrays[name], spec.shard_size, variable))
         sums[file_name] = files.checksum(path / file_name)
-    _check_there(path, spec, sizes[IMAGE])
+    check_there(path, spec, sizes[IMAGE])
     content = {"shard": shard, "images": [first, last], **record, "files": sums}
     files.write_json(record_path, files.sealed(content))
 
@@ -340,18 +362,3 @@ def _raw_chunk(values: NDArray[Any], shard_size: int, variable: layout.Variable)
     chunk = np.full(shard_size, variable.fill_value, values.dtype.newbyteorder("<"))
     chunk[: len(values)] = values
     return (chunk.tobytes(),)
-
-
-def _check_there(path: Path, spec: BuildSpec, n_images: int) -> None:
-    """Raise unless the store at `path` is still the one that is being written."""
-    try:
-        store = StoreReader(path)
-    except StoreNotFoundError:
-        raise StoreNotFoundError(
-            f"{path} is gone: it was deleted or moved while it was being written; start again"
-        ) from None
-    if store.spec != spec or store.n_images != n_images:
-        raise StoreNotFoundError(
-            f"{path} is not the store that was being written: another process has replaced or extended it; "
-            "run the same command again to go on with what is there"
-        )

@@ -20,8 +20,8 @@ class Smooth(nn.Module):
                 nn.Conv2d(3, 8, 3, stride=2), nn.Softplus(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Tanh()
             )
             self.head = nn.Linear(8, n_classes)
-        nn.init.uniform_(self.body[3].running_mean, -0.5, 0.5)
-        nn.init.uniform_(self.body[3].running_var, 0.5, 2)
+            nn.init.uniform_(self.body[3].running_mean, -0.5, 0.5)
+            nn.init.uniform_(self.body[3].running_var, 0.5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).mean(dim=(2, 3)))

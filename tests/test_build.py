@@ -146,12 +146,14 @@ def test_reductions(tmp_path, network, reduce):
 
 def test_steps_are_doubled_where_the_error_asks_for_it(path, network):
     settings = SETTINGS | {"n_steps": 4}
-    info = build_store(network, random_images(9), path, **settings, max_error=0.01, max_steps=64)
+    # the darker an image, the straighter its path from black
+    images = [(name, pixels // (1 + 4 * i), label) for i, (name, pixels, label) in enumerate(random_images(9))]
+    info = build_store(network, images, path, **settings, max_error=3e-4, max_steps=64)
     store = xr.open_zarr(path)
     steps, error = store["n_steps"].values, store["completeness_error"].values
     assert set(steps) <= {4, 8, 16, 32, 64}
     assert len(set(steps)) > 1
-    assert ((error <= 0.01) | (steps == 64)).all()
+    assert ((error <= 3e-4) | (steps == 64)).all()
     assert info.evaluations == steps.sum()
 
 

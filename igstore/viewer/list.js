@@ -70,6 +70,7 @@ export class ImageList {
     row.id = `image-${index}`;
     row.dataset.index = index;
     row.className = "row";
+    row.title = ids[index];
     row.style.top = `${place * ROW}px`;
     row.setAttribute("role", "option");
     row.setAttribute("aria-selected", index === this._chosen);

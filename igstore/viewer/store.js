@@ -141,7 +141,7 @@ export class Store {
     // the names of the rankings, such as positive-3
     this.rankings = [...this._arrays].map((path) => path.match(/^\/ranks\/(.+)\/share$/)?.[1]).filter(Boolean).sort();
     this._array = remembering((name) => open.v3(root(nodes).resolve(name), { kind: "array" })); // with its shards' indexes
-    this._record = remembering((path) => this._readJson(path));
+    this._record = remembering((path) => this._readRecord(path));
     this._shard = remembering((key) => this._readShard(...key.split(" ")));
     this.image = remembering((index) => this._readImage(index));
     this._ranks = remembering((key) => this._readRanks(...key.split(" ")));
@@ -212,9 +212,16 @@ export class Store {
     return record && bounds.every((bound, place) => record.images[place] === bound) ? record : null;
   }
 
-  async _readJson(path) {
+  async _readRecord(path) {
     const bytes = await this._files.get(path);
-    return bytes ? JSON.parse(new TextDecoder().decode(bytes)) : null;
+    if (!bytes) return null;
+    try {
+      const { images, files, failed = {}, attribution_sha256 } = JSON.parse(new TextDecoder().decode(bytes));
+      if (Array.isArray(images) && files && failed) return { images, files, failed, attribution_sha256 };
+    } catch {
+      // told below
+    }
+    throw new StoreError(`The store is damaged: its file ${path.slice(1)} is not a record.`, "`igstore verify` says more.");
   }
 
   // The values of an array for the images from `first` to before `stop`, one after the other.

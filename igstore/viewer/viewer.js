@@ -214,7 +214,8 @@ class Page {
   // {index, image, ranks, trouble}: null for what there is not; trouble is an error to tell.
   async readImage(index, ranking) {
     if (index === null) {
-      const which = this.state.image === null ? "No image of this store is built yet." : `No image is called ${this.state.image}.`;
+      const { image } = this.state;
+      const which = image === null ? "No image of this store is built yet." : `This store has no image "${image}".`;
       return { index, image: null, ranks: null, trouble: new StoreError(which) };
     }
     const [image, ranks] = await Promise.allSettled([this.store.image(index), this.store.ranks(index, ranking)]);

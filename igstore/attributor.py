@@ -20,6 +20,7 @@ from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.memory import available_memory, gradient_bytes
 from igstore.models import Classifier
 from igstore.normalisation import normalise
+from igstore.quadrature import rule
 from igstore.schema import BUILT, FAILED, BuildSpec
 from igstore.weights import first_line
 
@@ -56,7 +57,7 @@ class Attributor:
     Raises
     ------
     UserError
-        The spec's precision does not exist on this device.
+        The spec's precision does not exist on this device, or its method needs more steps.
     ModelError
         The network fails on images of this size, or does not return (image, class).
     OutOfMemoryError
@@ -66,6 +67,7 @@ class Attributor:
     def __init__(
         self, classifier: Classifier, spec: BuildSpec, *, device: torch.device, batch_size: int | None = None
     ) -> None:
+        rule(spec.method, spec.n_steps)  # raises where it does not exist with so few
         self.spec = spec
         self.device = device
         self._may_shrink = batch_size is None

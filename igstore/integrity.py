@@ -17,6 +17,7 @@ from igstore.progress import Progress
 from igstore.reader import Sharded, StoreReader, read_record
 
 _MOST_THREADS = 8  # sha256 runs outside Python's lock, at half a GB/s to two a thread
+_PATIENCE = 3.0  # seconds before the progress is shown
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_shards(group: Sharded, *, label: str, show_progress: bool = False) -> 
         What to call it on a progress bar, and whether to show one.
     """
     threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "check")
-    with Progress(group.n_images, label=label, show=show_progress) as progress, threads:
+    with Progress(group.n_images, label=label, show=show_progress, patience=_PATIENCE) as progress, threads:
         for shard, findings in enumerate(threads.map(partial(check_shard, group), range(group.n_shards))):
             first, last = group.bounds(shard)
             progress.advance(last - first)

@@ -25,15 +25,18 @@ class Progress:
         What is being done.
     show
         Whether to print anything, on stderr.
+    patience
+        Seconds in which nothing is shown, for jobs that are often done by then.
     """
 
-    def __init__(self, total: int, *, done: int = 0, label: str, show: bool = True) -> None:
+    def __init__(self, total: int, *, done: int = 0, label: str, show: bool = True, patience: float = 0) -> None:
         self._total, self._before, self._count = total, done, done
         self._label, self._show = label, show
+        self._patience = patience
         self._start = self._last_line = time.monotonic()
         self._bar: Any = None
         if show and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=label, unit="image", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, desc=label, unit="image", dynamic_ncols=True, delay=patience)
 
     def __enter__(self) -> Progress:
         return self
@@ -61,7 +64,8 @@ class Progress:
             return
         now = time.monotonic()
         finished = self._count >= self._total
-        if self._show and (finished or now - self._last_line >= _LOG_SECONDS):
+        is_due = finished or now - self._last_line >= _LOG_SECONDS
+        if self._show and is_due and now - self._start >= self._patience:
             self._last_line = now
             rate = (self._count - self._before) / max(now - self._start, 1e-9)
             left = "" if finished else f", {(self._total - self._count) / max(rate, 1e-9):.0f} s left"

@@ -23,31 +23,49 @@ _LEAST_IOU = 0.99  # other batches, threads or devices of one precision stay abo
 _OUTPUT_ERROR = {"float32": 1e-3, "tf32": 1e-2, "float16": 1e-2}  # relative to the output, or to 1 if it is smaller
 
 
-def recompute_images(
-    store: StoreReader, count: int, *, images: Any, weights: str | None, device: str, seed: int
-) -> list[Finding]:
-    """Attribute `count` built images, chosen at random, again; parameters and errors as `verify_store`.
+class Recomputation:
+    """Built images of a store, chosen at random, to be attributed again; parameters and errors as `verify_store`.
 
-    Returns
-    -------
-    What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks on average.
+    What may be wrong with the parameters is found before anything is computed.
     """
-    attributor = Attributor(_load(store.spec, weights), store.spec, device=find_device(device))
-    source = open_pixels(store, find_pixels(images))
-    built = np.flatnonzero(store.status == BUILT)
-    chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
-    overlaps = np.zeros(len(chosen))
-    different = np.zeros(len(chosen), bool)
-    for start in range(0, len(chosen), _BATCH):
-        batch = slice(start, start + _BATCH)
-        here = chosen[batch]
-        ids = [store.image_ids[image] for image in here]
-        again = attributor(source.read(here), store.scalars("label")[here], ids, [""] * len(here))
-        overlaps[batch] = _overlaps(again["attribution"], store.array("attribution").read(here))
-        before = store.scalars("output")[here]
-        error = _OUTPUT_ERROR[store.spec.precision]
-        different[batch] = ~np.isclose(again["output"], before, rtol=error, atol=error)
-    return list(_findings(store, chosen, overlaps, different))
+
+    def __init__(
+        self, store: StoreReader, count: int, *, images: Any, weights: str | None, device: str, seed: int
+    ) -> None:
+        if seed < 0:
+            raise UserError(f"seed is {seed}; it must be at least 0")
+        built = np.flatnonzero(store.status == BUILT)
+        self._store = store
+        self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
+        self._source = open_pixels(store, find_pixels(images))
+        self._attributor = Attributor(_load(store.spec, weights), store.spec, device=find_device(device))
+
+    def findings(self) -> Iterator[Finding]:
+        """What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks."""
+        store, chosen = self._store, self._chosen
+        overlaps = np.ones(len(chosen))
+        for start in range(0, len(chosen), _BATCH):
+            batch = slice(start, start + _BATCH)
+            images = chosen[batch]
+            ids = [store.image_ids[image] for image in images]
+            again = self._attributor(self._source.read(images), store.scalars("label")[images], ids, [""] * len(ids))
+            overlaps[batch] = _overlaps(again["attribution"], store.array("attribution").read(images))
+            error = _OUTPUT_ERROR[store.spec.precision]
+            same = np.isclose(again["output"], store.scalars("output")[images], rtol=error, atol=error)
+            for image in images[~same].tolist():
+                problem = f"holds another output for image {store.image_ids[image]} than the model gives now"
+                yield self._finding(image, "output", problem)
+        if overlaps.size and overlaps.mean() < _LEAST_IOU:
+            least = int(chosen[overlaps.argmin()])
+            problem = (
+                f"holds other maps than the model gives now: masks at p=50 of {len(chosen)} images overlap by "
+                f"{overlaps.mean():.3f} on average, by {overlaps.min():.3f} for image {store.image_ids[least]}"
+            )
+            yield self._finding(least, "attribution", problem)
+
+    def _finding(self, image: int, array: str, problem: str) -> Finding:
+        shard = image // self._store.shard_size
+        return Finding(problem, self._store.shard_files(shard)[array], shard, array)
 
 
 def _load(spec: BuildSpec, weights: str | None) -> Classifier:
@@ -72,23 +90,3 @@ def _overlaps(one: NDArray[np.float16], other: NDArray[np.float16]) -> NDArray[n
     top = [block_shares(scores, block_ranks(scores)) < np.float32(0.5) for scores in map(block_sums, (one, other))]
     both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
     return np.where(either > 0, both / np.maximum(either, 1), 1.0)
-
-
-def _findings(
-    store: StoreReader, chosen: NDArray[np.int64], overlaps: NDArray[np.float64], different: NDArray[np.bool_]
-) -> Iterator[Finding]:
-    def finding(place: int, array: str, problem: str) -> Finding:
-        shard = int(chosen[place]) // store.shard_size
-        return Finding(problem, store.shard_files(shard)[array], shard, array)
-
-    for place in np.flatnonzero(different).tolist():
-        problem = f"holds another output for image {store.image_ids[chosen[place]]} than the model gives now"
-        yield finding(place, "output", problem)
-    if len(chosen) and overlaps.mean() < _LEAST_IOU:
-        least = int(overlaps.argmin())
-        yield finding(
-            least,
-            "attribution",
-            f"holds other maps than the model gives now: masks at p=50 of {len(chosen)} images overlap by "
-            f"{overlaps.mean():.3f} on average, by {overlaps[least]:.3f} for image {store.image_ids[chosen[least]]}",
-        )

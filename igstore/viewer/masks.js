@@ -14,7 +14,7 @@ export const SELECTIONS = {
   },
 };
 
-// The colour of hidden pixels: (pixels, meanColour) => [red, green, blue]; pixels are (channel, y, x), one after the other.
+// The colour of hidden pixels: (pixels, meanColour) => [red, green, blue]. Pixels are (channel, y, x), in that order.
 export const FILLS = {
   black: () => [0, 0, 0],
   mean: (pixels, meanColour) => meanColour.map((part) => Math.min(255, Math.max(0, Math.floor(255 * part + 0.5)))),

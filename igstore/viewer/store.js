@@ -1,19 +1,23 @@
 // Reading an igstore store over HTTP: what igstore.reader does, with zarrita.
 
-import { FetchStore, get, isZarritaError, open, root, slice, withConsolidatedMetadata } from "./vendor/zarrita.bundle.js";
+import * as zarr from "./vendor/zarrita.bundle.js";
 
 const FORMAT_VERSION = 1;
-export const [NOT_BUILT, BUILT, FAILED] = [0, 1, 2]; // `status` of an image
+export const [NOT_BUILT, BUILT] = [0, 1]; // `status` of an image
 const REQUESTS = 32; // under way at a time
 const REMEMBERED = 32; // things read that are kept, of each kind, for going back and forth
 
-// Something to tell the user: what is the matter, and what to do about it. `isFatal` where nothing can be shown at all.
+// Something to tell the user: what is the matter, and what to do about it. `isFatal`: nothing at all can be shown.
 export class StoreError extends Error {
   constructor(message, remedy = "", { isFatal = false } = {}) {
     super(message);
     this.remedy = remedy;
     this.isFatal = isFatal;
   }
+}
+
+function damage(path, what) {
+  return new StoreError(`The store is damaged: its file ${path.slice(1)} ${what}.`, "`igstore verify` says more.");
 }
 
 // Browsers without Float16Array read the numbers' bits, which `numbers` decodes.
@@ -68,7 +72,7 @@ async function fetchPart(request) {
   return response;
 }
 
-class PartStore extends FetchStore {
+class PartStore extends zarr.FetchStore {
   constructor(url) {
     super(url, { fetch: fetchPart });
   }
@@ -79,7 +83,7 @@ class PartStore extends FetchStore {
     const expected = range.length ?? range.suffixLength;
     if (bytes?.length !== expected) {
       const found = bytes ? `has ${bytes.length} of ${expected} bytes where an image should be` : "is missing";
-      throw new StoreError(`The store is damaged: its file ${key.slice(1)} ${found}.`, "Build it again to repair it.");
+      throw damage(key, found);
     }
     return bytes;
   }
@@ -108,11 +112,11 @@ export class Store {
     const files = new PartStore(url);
     let nodes;
     try {
-      nodes = await withConsolidatedMetadata(files, { format: "v3" });
+      nodes = await zarr.withConsolidatedMetadata(files, { format: "v3" });
     } catch (error) {
-      throw isZarritaError(error) ? missing : error;
+      throw zarr.isZarritaError(error) ? missing : error;
     }
-    const group = await open.v3(root(nodes), { kind: "group" });
+    const group = await zarr.open.v3(zarr.root(nodes), { kind: "group" });
     const version = group.attrs.format_version;
     if (version === undefined) throw missing;
     if (version !== FORMAT_VERSION) {
@@ -140,7 +144,8 @@ export class Store {
     this._arrays = new Set([...kinds.keys()].filter((path) => kinds.get(path) === "array"));
     // the names of the rankings, such as positive-3
     this.rankings = [...this._arrays].map((path) => path.match(/^\/ranks\/(.+)\/share$/)?.[1]).filter(Boolean).sort();
-    this._array = remembering((name) => open.v3(root(nodes).resolve(name), { kind: "array" })); // with its shards' indexes
+    // an array keeps the indexes of its shards
+    this._array = remembering((name) => zarr.open.v3(zarr.root(nodes).resolve(name), { kind: "array" }));
     this._record = remembering((path) => this._readRecord(path));
     this._shard = remembering((key) => this._readShard(...key.split(" ")));
     this.image = remembering((index) => this._readImage(index));
@@ -190,7 +195,7 @@ export class Store {
     const [, score, block] = ranking.match(/^(.*)-(\d+)$/) ?? [null, ranking, ""];
     const unranked = (message) =>
       new StoreError(message, `Make them with \`igstore rank ${this.name} --score ${score} --block ${block}\`.`);
-    if (!this.rankings.includes(ranking)) throw unranked(`This store has no ranks ${ranking}, and so no masks of them.`);
+    if (!this.rankings.includes(ranking)) throw unranked(`This store has no ranks ${ranking}, and so no masks.`);
     const [built, ranked] = await Promise.all([this._shardRecord(index), this._shardRecord(index, ranking)]);
     const maps = Object.keys(built?.files ?? {}).find((file) => file.startsWith("attribution/"));
     if (!built || !ranked || (maps && ranked.attribution_sha256 !== built.files[maps].sha256)) {
@@ -221,17 +226,17 @@ export class Store {
     } catch {
       // told below
     }
-    throw new StoreError(`The store is damaged: its file ${path.slice(1)} is not a record.`, "`igstore verify` says more.");
+    throw damage(path, "is not a record");
   }
 
   // The values of an array for the images from `first` to before `stop`, one after the other.
   async _read(name, first, stop) {
-    const array = await this._array(name);
     try {
-      const { data } = await get(array, [slice(first, stop), ...array.shape.slice(1).map(() => null)]);
+      const array = await this._array(name);
+      const { data } = await zarr.get(array, [zarr.slice(first, stop), ...array.shape.slice(1).map(() => null)]);
       return numbers(data, array.dtype);
     } catch (error) {
-      if (!isZarritaError(error)) throw error;
+      if (!zarr.isZarritaError(error)) throw error;
       throw new StoreError(
         `The array ${name} cannot be read: ${error.message}.`,
         "The page reads stores that are uncompressed, or compressed with zstd or gzip.",

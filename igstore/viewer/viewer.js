@@ -133,8 +133,8 @@ class Page {
       if (event.ctrlKey || event.altKey || event.metaKey) return;
       if (event.target === part("search") && ["Enter", "Escape"].includes(event.key)) part("list").focus();
       if (event.target.matches("input, select")) return; // they have their own keys
-      const inList = event.target === part("list") && { ArrowUp: keys.ArrowLeft, ArrowDown: keys.ArrowRight }[event.key];
-      const act = inList || keys[event.key];
+      const inList = { ArrowUp: keys.ArrowLeft, ArrowDown: keys.ArrowRight };
+      const act = (event.target === part("list") && inList[event.key]) || keys[event.key];
       if (!act) return;
       event.preventDefault();
       act(event);

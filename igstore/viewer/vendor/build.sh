@@ -21,7 +21,8 @@ field() {
 bundle --metafile=meta.json --outfile=/dev/null
 packages=$(grep -o 'node_modules/\(@[^/"]*/\)\?[^/"]*' meta.json | cut -d/ -f2- | LC_ALL=C sort -u)
 versions=$(for package in $packages; do echo "$package $(field "$package" version)"; done | paste -sd, | sed 's/,/, /g')
-bundle --banner:js="/*! $versions; MIT License, see LICENSES.txt; made by build.sh */" --outfile="$here/zarrita.bundle.js"
+banner="/*! $versions; MIT License, see LICENSES.txt; made by build.sh */"
+bundle --banner:js="$banner" --outfile="$here/zarrita.bundle.js"
 
 {
     echo "zarrita.bundle.js is made of these packages, under their licences."

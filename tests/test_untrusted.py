@@ -1,0 +1,273 @@
+"""Stores from anywhere: whatever they hold, only igstore's own errors come out, and memory stays in proportion to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import make_store
+
+from igstore import IgstoreError, open_store, store_info, verify_store
+from igstore.files import sealed
+from igstore.info import describe as describe_info
+from igstore.reader import StoreReader
+from igstore.verify import describe as describe_findings
+
+# examples are damaged copies of one small store; the same ones every time
+bounded = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+thorough = settings(bounded, max_examples=2000)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("untrusted") / "store.zarr", n=6, size=(7, 8), failed=(3,))
+
+
+@pytest.fixture
+def path(intact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(intact, tmp_path / "store.zarr")
+
+
+def read_all(path: Path) -> None:
+    store = StoreReader(path)
+    for name, variable in store.variables.items():
+        if variable.is_sharded:
+            store.array(name).read([0, store.n_images - 1])
+        else:
+            store.scalars(name)
+    for name in store.rankings:
+        ranking = store.ranking(name)
+        for array in ranking.variables:
+            ranking.array(array).shard(0)
+
+
+def look(path: Path) -> None:
+    """Everything that looks at a store, each until its first error, which must be one of igstore's."""
+    for act in (
+        read_all,
+        lambda path: describe_info(store_info(path)),
+        lambda path: describe_findings(path, verify_store(path)),
+        lambda path: open_store(path).isel(image=0).load(),
+    ):
+        try:
+            act(path)
+        except IgstoreError as error:
+            assert str(error)
+
+
+def test_looking_at_an_intact_store_raises_nothing(path):
+    read_all(path)
+    describe_info(store_info(path))
+    open_store(path).load()
+
+
+# any JSON value, and such as mean something here
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 2**31, 2**63, 10**30, 1e308, float("inf"), float("nan")])
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["../../outside", "/etc/passwd", "object", "bytes", "pickle", "numcodecs.pickle", "\\ud800", "\\x1b[2J"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is something in a JSON value: keys and indices, from the outside."""
+    yield where
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*where, key))
+
+
+def changed(data: st.DataObject, document: Any) -> Any:
+    """A JSON value with something in it replaced, or left out."""
+    *outer, last = data.draw(st.sampled_from([place for place in places(document) if place]), label="place")
+    inner = document
+    for key in outer:
+        inner = inner[key]
+    if data.draw(st.booleans(), label="left out"):
+        del inner[last]
+    else:
+        inner[last] = data.draw(VALUES, label="value")
+    return document
+
+
+def mutate_json(data: st.DataObject, path: Path, pattern: str) -> None:
+    file = data.draw(st.sampled_from(sorted(path.glob(pattern))), label="file")
+    document = json.loads(file.read_text())
+    for _ in range(data.draw(st.integers(1, 3), label="changes")):
+        document = changed(data, document)
+    if data.draw(st.booleans(), label="sealed"):
+        if isinstance(document, dict) and isinstance(document.get("attributes"), dict):
+            document["attributes"] = sealed(document["attributes"])
+        elif isinstance(document, dict):
+            document = sealed(document)
+    file.write_text(json.dumps(document))
+
+
+def mutate_bytes(data: st.DataObject, path: Path) -> None:
+    file = data.draw(st.sampled_from(sorted(file for file in path.rglob("*") if file.is_file())), label="file")
+    content = file.read_bytes()
+    start = data.draw(st.integers(0, len(content)), label="start")
+    end = data.draw(st.integers(start, len(content)), label="end")
+    file.write_bytes(content[:start] + data.draw(st.binary(max_size=40), label="bytes") + content[end:])
+
+
+def afresh(intact: Path, path: Path) -> Path:
+    shutil.rmtree(path)
+    return shutil.copytree(intact, path)
+
+
+KINDS = {
+    "the root": lambda data, path: mutate_json(data, path, "zarr.json"),
+    "arrays": lambda data, path: mutate_json(data, path, "*/zarr.json"),
+    "rankings": lambda data, path: mutate_json(data, path, "ranks/**/zarr.json"),
+    "records": lambda data, path: mutate_json(data, path, "records/**/*.json"),
+    "bytes": mutate_bytes,
+}
+
+
+@pytest.mark.parametrize("mutate", KINDS.values(), ids=KINDS)
+class TestMutated:
+    @bounded
+    @given(data=st.data())
+    def test_only_own_errors_come_out(self, intact, path, mutate, data):
+        mutate(data, afresh(intact, path))
+        look(path)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    @thorough
+    @given(data=st.data())
+    def test_only_own_errors_come_out_of_many(self, intact, path, mutate, data):
+        mutate(data, afresh(intact, path))
+        look(path)
+
+
+# what is made to do harm
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads(file.read_text())
+    change(document)
+    if file.name == "zarr.json":
+        document["attributes"] = sealed(document["attributes"]) if file.parent.name == "store.zarr" else {}
+    file.write_text(json.dumps(sealed(document) if "records" in str(file) else document))
+
+
+def root(path: Path, **attributes: Any) -> None:
+    edit(path / "zarr.json", lambda document: document["attributes"].update(attributes))
+
+
+def array(name: str, **metadata: Any) -> Callable[[Path], None]:
+    return lambda path: edit(path / name / "zarr.json", lambda document: document.update(metadata))
+
+
+def sharding(chunk: list[int], codecs: list[Any]) -> dict[str, Any]:
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    configuration = {"chunk_shape": chunk, "codecs": codecs, "index_codecs": index, "index_location": "end"}
+    return {"codecs": [{"name": "sharding_indexed", "configuration": configuration}]}
+
+
+HOSTILE: dict[str, Callable[[Path], Any]] = {
+    "more images than there are": lambda path: root(path, n_images=10**11),
+    "more images, in one shard": lambda path: root(path, n_images=10**6, shard_size=10**6),
+    "shards of nothing": lambda path: root(path, n_images=10**11, shard_size=1),
+    "large images": lambda path: root(path, crop=[10**9, 10**9]),
+    "images as large as may be": lambda path: root(path, crop=[8192, 8192]),
+    "a long array": array("attribution", shape=[10**12, 7, 8]),
+    "large maps": array("attribution", shape=[6, 10**6, 10**6]),
+    "large chunks": array("scale", chunk_grid={"name": "regular", "configuration": {"chunk_shape": [10**12]}}),
+    "large inner chunks": array("attribution", **sharding([1, 10**6, 10**6], [{"name": "bytes"}])),
+    "wide values": array("label", data_type="fixed_length_utf32", fill_value="x" * 10),
+    "a codec that runs code": array(
+        "attribution", **sharding([1, 7, 8], [{"name": "numcodecs.pickle", "configuration": {}}])
+    ),
+    "objects": array("image_id", data_type="object"),
+    "names without end": lambda path: (path / "image_id/c/0").write_bytes(b"\\xff\\xff\\xff\\x7f" + bytes(50)),
+    "one name without end": lambda path: (path / "image_id/c/0").write_bytes(
+        b"\\1\\0\\0\\0\\xff\\xff\\xff\\x7f" + bytes(50)
+    ),
+    "records of other files": lambda path: edit(
+        path / "records/00000.json",
+        lambda record: record.update(files={"../../outside": {"bytes": 4, "sha256": "0" * 64}}),
+    ),
+    "a record of other images": lambda path: edit(
+        path / "records/00000.json", lambda record: record.update(images=[0, 10**15])
+    ),
+    "large numbers": lambda path: edit(
+        path / "records/00000.json", lambda record: record.update(seconds=10**400, in_top5=10**400)
+    ),
+    "a deep record": lambda path: (path / "records/00000.json").write_text("[" * 10**5),
+    "deep metadata": lambda path: (path / "scale/zarr.json").write_text('{"a":' * 10**5),
+    "a deep root": lambda path: (path / "zarr.json").write_text('{"a":' * 10**5),
+    "a folder in the place of a file": lambda path: (
+        (path / "scale/c/0").unlink(),
+        (path / "scale/c/0").mkdir(),
+    ),
+    "a ranking of another name": lambda path: (path / "ranks/positive-3").rename(path / "ranks/positive-03"),
+    "blocks larger than large": lambda path: (path / "ranks/positive-3").rename(path / "ranks/positive-999999999"),
+}
+
+_events: list[tuple[str, str]] | None = None
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _events is not None and event in ("open", "pickle.find_class", "os.listdir", "os.scandir", "os.remove"):
+        _events.append((event, str(arguments[0])))
+
+
+sys.addaudithook(_hook)
+
+
+@pytest.fixture
+def events() -> Iterator[list[tuple[str, str]]]:
+    """What is opened and unpickled meanwhile."""
+    global _events
+    _events = []
+    yield _events
+    _events = None
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_store_costs_little_and_reaches_nothing(path, make, events):
+    make(path)
+    tracemalloc.start()
+    try:
+        look(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 30e6
+    assert not [event for event in events if event[0] == "pickle.find_class"]
+    assert not [place for _, place in events if "outside" in place or "passwd" in place]
+    # everything that is opened near the store is in it
+    home = str(path.parent)
+    assert {place for _, place in events if place.startswith(home) and not place.startswith(str(path))} <= {home}
+
+
+def test_terminals_are_sent_no_commands(path, capsys):
+    root(path, model="\\x1b[2J\\ud800evil")
+    from igstore import cli
+    from igstore.info import main
+
+    assert cli.run(main, [str(path)]) == cli.DONE
+    said = capsys.readouterr().out
+    assert "evil" in said
+    assert "\\x1b" not in said

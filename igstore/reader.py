@@ -386,9 +386,20 @@ class StoreReader(Sharded):
                 dtype = self.variables[name].numpy_dtype
                 if array.ndim != 1 or array.shape[0] < self.n_images or array.dtype != dtype:
                     raise ValueError(f"it is {array.dtype} {array.shape}, not {dtype} {(self.n_images,)}")
+                if dtype.kind == "T":
+                    self._check_counts(name)
                 return np.asarray(array[: self.n_images])
         except _NOT_THERE as error:
             raise StoreNotFoundError(f"{self.root} has no array {name}") from error
+
+    def _check_counts(self, name: str) -> None:
+        """Raise unless each chunk of strings says that it holds as many as it must: zarr sets aside what it says."""
+        for shard in range(self.n_shards):
+            file = self.root / self.shard_files(shard)[name]
+            with file.open("rb") as chunk:
+                count = int.from_bytes(chunk.read(4), "little")
+            if count != self.shard_size:
+                raise ValueError(f"{file} says that it holds {count} strings, not {self.shard_size}")
 
     @property
     def status(self) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Stores from anywhere: whatever they hold, only igstore's own errors come out, and memory stays in proportion to them."""
+"""Stores from anywhere: whatever they hold, only igstore's own errors come out, and memory stays in proportion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,8 @@ def look(path: Path) -> None:
         lambda path: describe_findings(path, verify_store(path)),
         lambda path: open_store(path).isel(image=0).load(),
     ):
-        try:
+        with suppress(IgstoreError):
             act(path)
-        except IgstoreError as error:
-            assert str(error)
 
 
 def test_looking_at_an_intact_store_raises_nothing(path):
@@ -80,7 +79,7 @@ VALUES = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from(
-        ["../../outside", "/etc/passwd", "object", "bytes", "pickle", "numcodecs.pickle", "\\ud800", "\\x1b[2J"]
+        ["../../outside", "/etc/passwd", "object", "bytes", "pickle", "numcodecs.pickle", "\ud800", "\x1b[2J"]
     ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
@@ -200,10 +199,8 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
         "attribution", **sharding([1, 7, 8], [{"name": "numcodecs.pickle", "configuration": {}}])
     ),
     "objects": array("image_id", data_type="object"),
-    "names without end": lambda path: (path / "image_id/c/0").write_bytes(b"\\xff\\xff\\xff\\x7f" + bytes(50)),
-    "one name without end": lambda path: (path / "image_id/c/0").write_bytes(
-        b"\\1\\0\\0\\0\\xff\\xff\\xff\\x7f" + bytes(50)
-    ),
+    "names without end": lambda path: (path / "image_id/c/0").write_bytes(b"\xff\xff\xff\x7f" + bytes(50)),
+    "one name without end": lambda path: (path / "image_id/c/0").write_bytes(b"\1\0\0\0\xff\xff\xff\x7f" + bytes(50)),
     "records of other files": lambda path: edit(
         path / "records/00000.json",
         lambda record: record.update(files={"../../outside": {"bytes": 4, "sha256": "0" * 64}}),
@@ -263,11 +260,11 @@ def test_a_hostile_store_costs_little_and_reaches_nothing(path, make, events):
 
 
 def test_terminals_are_sent_no_commands(path, capsys):
-    root(path, model="\\x1b[2J\\ud800evil")
+    root(path, model="\x1b[2J\ud800evil")
     from igstore import cli
     from igstore.info import main
 
     assert cli.run(main, [str(path)]) == cli.DONE
     said = capsys.readouterr().out
     assert "evil" in said
-    assert "\\x1b" not in said
+    assert "\x1b" not in said

@@ -31,7 +31,8 @@ charts findings figures summaries page sections report
 WITHOUT_TORCH = """
 errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store contents integrity
 repair staging presence decoding pixels masking views info rank verify
-show view proportions results tables results_folder charts findings figures summaries page sections report
+show view proportions results tables
+results_folder charts findings figures summaries page sections report
 """.split()
 
 

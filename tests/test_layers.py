@@ -29,8 +29,8 @@ charts findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store contents integrity
-repair staging presence decoding pixels masking views info rank verify
+errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store
+contents integrity repair staging presence decoding pixels masking views info rank verify
 show view proportions results tables
 results_folder charts findings figures summaries page sections report
 """.split()

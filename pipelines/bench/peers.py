@@ -59,7 +59,7 @@ def step_loop(
 ) -> Maps:
     """Plain PyTorch, one step of one image at a time, ``backward()`` to the parameters as well.
 
-    This is how the implementation by Tianhong Dai that the article's code rests on works; it takes the left-hand steps.
+    This is how Tianhong Dai's widely used implementation works, which takes the left-hand steps.
     """
     maps = []
     for image in pixels:

@@ -61,7 +61,7 @@ def ask(
     url: str, path: str, method: str = "GET", headers: dict[str, str] | None = None
 ) -> tuple[http.client.HTTPResponse, bytes]:
     """One request whose path is sent as it is."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     with contextlib.closing(connection):
         connection.request(method, path, headers=headers or {})
         response = connection.getresponse()
@@ -264,7 +264,7 @@ def test_a_port_that_is_taken_is_told(address, store):
 def test_it_stops_with_its_context(store):
     with contextlib.ExitStack() as stack:
         with serve(store) as url:
-            kept = stack.enter_context(contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)))
+            kept = stack.enter_context(contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)))
             kept.request("GET", "/viewer.js")
             kept.getresponse().read()
         with pytest.raises(ConnectionRefusedError):
@@ -287,7 +287,7 @@ def test_a_connection_that_is_held_open_keeps_nobody_waiting(address):
 
 
 def test_a_connection_serves_many_requests(address, store):
-    with contextlib.closing(http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)) as connection:
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)) as connection:
         for first in range(3):
             connection.request("GET", f"/store/toy.zarr/{SHARD}", headers={"Range": f"bytes={first}-9"})
             assert connection.getresponse().read() == (store / SHARD).read_bytes()[first:10]
@@ -372,7 +372,7 @@ def test_the_command_serves_until_it_is_stopped(store, number, status):
         url = line.split()[0]
         assert ask(url, "/store/toy.zarr/zarr.json")[1] == (store / "zarr.json").read_bytes()
         process.send_signal(number)
-        assert process.wait(10) == status
+        assert process.wait(60) == status
 
 
 def test_the_command_saves_the_page(store, tmp_path):
@@ -417,7 +417,7 @@ class Viewer:
     def __init__(self, browser: Any, url: str, *, before: str = "", **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
         self.tab = self.context.new_page()
-        self.tab.set_default_timeout(20_000)
+        self.tab.set_default_timeout(60_000)
         self.failures: list[str] = []
         self.hosts: set[str] = set()
         self.parts: list[tuple[str, int, int]] = []  # path, status, length of what was read in parts

@@ -54,7 +54,11 @@ def save_unit(store: Path, spec: BuildSpec, first: int, arrays: Arrays) -> None:
     content = BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
     make_folder(store)
-    write_atomically(_file(store, first), content.getvalue(), _digest(spec, content.getvalue()))
+    try:
+        write_atomically(_file(store, first), content.getvalue(), _digest(spec, content.getvalue()))
+    except FileNotFoundError:
+        # where there are no locks, somebody may have finished the store and swept: then nothing needs to be kept
+        make_folder(store)
 
 
 def load_unit(store: Path, spec: BuildSpec, first: int, count: int) -> Arrays | None:

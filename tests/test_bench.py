@@ -271,6 +271,15 @@ def test_captum_gets_its_fastest_batch():
     assert engine.fastest_batch([8, 16, 32], lambda size: next(seconds[size]), times=2) == 16
 
 
+def test_what_does_not_fit_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(engine, "_pairs_that_fit", lambda *_: 3)
+    classifier, pixels = smooth_classifier(), smooth_pictures(1, PREPROCESSING.crop)
+    found = engine.compare(classifier, pixels, n_steps=4, device=CPU, others=list(engine.PEERS), repeats=1)
+    assert set(found["seconds"]) == {"igstore", "captum", "step_loop"}
+    assert found["captum_batch_size"] <= 3
+    assert "captum_one_batch is left out" in caplog.text
+
+
 def test_engine(capsys):
     options = [
         "--model",

@@ -572,6 +572,8 @@ def test_recomputing_needs_the_same_weights(path, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Picky"):  # which was given as it is, without a name to load it by
         verify_store(path, recompute=3)
     path = named(tmp_path / "named.zarr", monkeypatch)
-    monkeypatch.setattr("test_verify.NETWORK", Picky().eval())
+    other = Picky().eval()
+    other.inner = Smooth(N_CLASSES, seed=1).eval()
+    monkeypatch.setattr("test_verify.NETWORK", other)
     with pytest.raises(UserError, match="are others"):
         verify_store(path, recompute=3)

@@ -7,6 +7,7 @@ the float16 map and its scale; the others as `pipelines.bench.peers` says.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ from pipelines.bench.agreement import completeness_errors, mask_iou
 from pipelines.bench.floor import Floor, count_work
 from pipelines.bench.peers import Maps, Pixels
 from pipelines.bench.pictures import pictures
+
+logger = logging.getLogger(__name__)
 
 _LARGEST_BATCH = {"cpu": 64, "cuda": 512}  # of those that are tried for captum
 PEERS = {
@@ -68,7 +71,8 @@ def compare(
     run_captum = functools.partial(
         peers.captum, network, pixels, classifier.preprocessing, n_steps=n_steps, device=device
     )
-    captum_batch = best_captum_batch(classifier, network, pixels, n_steps=n_steps, device=device)
+    fitting = _pairs_that_fit(classifier, network, device)
+    captum_batch = best_captum_batch(classifier, network, pixels, n_steps=n_steps, device=device, fitting=fitting)
     attributor = Attributor(classifier, _spec(classifier, n_steps, precision), device=device, batch_size=batch_size)
     contenders: dict[str, Callable[[], Maps]] = {
         "igstore": lambda: _maps(attributor, pixels),
@@ -76,6 +80,9 @@ def compare(
         "captum_one_batch": lambda: run_captum(batch_size=n_steps),
         "step_loop": lambda: peers.step_loop(network, pixels, classifier.preprocessing, n_steps=n_steps, device=device),
     }
+    if n_steps > fitting:
+        logger.warning("%d steps at once do not fit into memory: captum_one_batch is left out", n_steps)
+        del contenders["captum_one_batch"]
     chosen = {name: run for name, run in contenders.items() if name in ("igstore", "captum", *others)}
     timed = rounds.take_turns(chosen, repeats=repeats, seconds=seconds)
     with numerics("float32", device):
@@ -155,12 +162,19 @@ def _floor(classifier: Classifier, device: torch.device, precision: Precision, b
 # --- Captum at its best
 
 
-def best_captum_batch(
-    classifier: Classifier, network: nn.Module, pixels: Pixels, *, n_steps: int, device: torch.device
-) -> int:
-    """The `internal_batch_size` at which captum is fastest, of those that divide the steps, or images, evenly."""
+def _pairs_that_fit(classifier: Classifier, network: nn.Module, device: torch.device) -> int:
+    """How many (image, step) pairs captum may evaluate at once, so that half of the free memory holds them."""
     probe = torch.zeros(1, 3, *classifier.preprocessing.crop, device=device)
-    fitting = available_memory(device) // 2 // gradient_bytes(network, probe)
+    return available_memory(device) // 2 // gradient_bytes(network, probe)
+
+
+def best_captum_batch(
+    classifier: Classifier, network: nn.Module, pixels: Pixels, *, n_steps: int, device: torch.device, fitting: int
+) -> int:
+    """The `internal_batch_size` at which captum is fastest, of those that divide the steps, or images, evenly.
+
+    At most `fitting` pairs are tried.
+    """
     candidates = candidate_batches(n_steps, len(pixels), largest=min(fitting, _LARGEST_BATCH[device.type]))
 
     def seconds_per_pair(batch_size: int) -> float:

@@ -349,6 +349,10 @@ class StoreReader(Sharded):
                 f"there is no store at {root}; make one with `igstore build --model NAME --data PATH --store {root}`"
             ) from None
         self.spec = BuildSpec.from_attributes(self.attributes)
+        for name in ("class_names", "wnids"):
+            names = self.attributes.get(name, [])
+            if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+                raise DamagedStoreError(f"{root / 'zarr.json'}: {name} is {names!r:.80}, no list of names")
         super().__init__(
             root,
             ranking=None,

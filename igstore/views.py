@@ -274,7 +274,7 @@ def _coordinates(reader: StoreReader, images: Images) -> xr.Coordinates:
     }
     for name, attribute in (("wnid", "wnids"), ("class_name", "class_names")):
         known = np.array([*reader.attributes.get(attribute, ()), ""], dtype=np.str_)  # the last one is for unknown
-        places = np.where(labels < len(known) - 1, labels, UNKNOWN_LABEL)
+        places = np.where((labels >= 0) & (labels < len(known) - 1), labels, UNKNOWN_LABEL)
         coordinates[name] = xr.Variable(IMAGE, known[places])
     return xr.Dataset(coords=coordinates).set_xindex("label", LabelIndex).coords
 

@@ -254,7 +254,14 @@ def test_a_hostile_store_costs_little_and_reaches_nothing(path, make, events):
     assert peak < 30e6
     # dask pickles its own expressions
     unpickled = {place for event, place in events if event == "pickle.find_class"}
-    assert {module.split(".")[0] for module in unpickled} <= {"dask", "toolz", "numpy", "xarray", "igstore", "functools"}
+    assert {module.split(".")[0] for module in unpickled} <= {
+        "dask",
+        "toolz",
+        "numpy",
+        "xarray",
+        "igstore",
+        "functools",
+    }
     assert not [place for _, place in events if "outside" in place or "passwd" in place]
     # everything that is opened near the store is in it
     home = str(path.parent)

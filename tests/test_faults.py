@@ -143,18 +143,22 @@ def test_a_build_that_is_killed_again_and_again(run, store, folder, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_build_that_is_killed_at_any_change_to_a_file(run, tmp_path, store, folder, whole):
     n_events = events(run, tmp_path, *build(folder, store))
-    assert n_events > 50
+    kills = 0
     for event in range(1, n_events + 1):
         shutil.rmtree(store)
-        assert run(*build(folder, store), fault=("die_at", event)).wait() == -signal.SIGKILL
+        # threads make the number of changes differ by a few
+        kills += run(*build(folder, store), fault=("die_at", event)).wait() == -signal.SIGKILL
         last = run(*build(folder, store))
         assert last.wait() == cli.DONE, last.said
         assert_undisturbed(store, whole)
+    assert kills > max(50, 0.9 * n_events)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_build_that_is_killed_at_any_time(run, store, folder, whole):
     random = np.random.default_rng(0)
     kills = 0

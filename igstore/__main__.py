@@ -1,33 +1,20 @@
-"""The command ``igstore``: a table of contents of the commands, each a module with a ``main(argv) -> int``."""
+"""The command ``igstore``: finds the command that is asked for, and runs it."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 from igstore import __version__, cli
-
-COMMANDS = {
-    "build": "attribute images with Integrated Gradients, into a store",
-    "rank": "rank the blocks of a store's maps",
-    "evaluate": "measure models on masked images, and print the article's tables",
-    "show": "draw what the masks do to some images",
-    "report": "make a page of an evaluation, with figures",
-    "info": "say what a store holds, what made it, and what is missing",
-    "verify": "check every byte of a store, and what it means",
-    "view": "look at any image and any mask of a store, in a browser",
-}
+from igstore.commands import COMMANDS, SECTIONS, module_of
 
 
 def _help() -> list[str]:
-    return [
-        "igstore: Integrated Gradients once, masked images for ever",
-        "",
-        "usage: igstore COMMAND ... (`igstore COMMAND --help` lists a command's options)",
-        "",
-        *(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items()),
-    ]
+    lines = ["igstore: Integrated Gradients once, masked images for ever", "", "usage: igstore COMMAND ..."]
+    width = max(map(len, COMMANDS)) + 2
+    for title, commands in SECTIONS.items():
+        lines += ["", title, *(f"  {name:<{width}}{purpose}" for name, purpose in commands.items())]
+    return [*lines, "", "`igstore COMMAND --help` lists a command's options; every command takes --quiet and --json"]
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -40,8 +27,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"igstore: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)  # noqa: T201
         return cli.MISUSED
-    command = importlib.import_module(f"igstore.{argv[0]}").main
-    return int(command(argv[1:]))
+    return int(module_of(argv[0]).main(argv[1:]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

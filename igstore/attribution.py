@@ -120,7 +120,7 @@ def _gradient(network: nn.Module, points: Tensor, targets: Tensor, output: Outpu
     return gradient / scale if scaled else gradient
 
 
-def _reduce_channels(attributions: Tensor, reduce: Reduce) -> Tensor:
+def reduce_channels(attributions: Tensor, reduce: Reduce) -> Tensor:
     """(image, channel, y, x) to (image, y, x): the sum over channels of a, of max(a, 0) or of |a|; "none" keeps all."""
     if reduce == "none":
         return attributions
@@ -222,7 +222,7 @@ def integrated_gradients(
             m *= 2
             steps[rough] = m
         return Attributions(
-            maps=_reduce_channels(difference * sums, reduce),
+            maps=reduce_channels(difference * sums, reduce),
             output=f_x,
             baseline_output=f_b,
             completeness_error=error(),

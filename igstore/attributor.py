@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from igstore import layout
 from igstore.acceleration import accelerate
-from igstore.attribution import integrated_gradients, logits, numerics, select_output, to_float16
+from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.baselines import baseline_pixels
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.memory import available_memory, gradient_bytes
@@ -67,7 +67,7 @@ class Attributor:
     def __init__(
         self, classifier: Classifier, spec: BuildSpec, *, device: torch.device, batch_size: int | None = None
     ) -> None:
-        rule(spec.method, spec.n_steps)  # raises where it does not exist with so few
+        self._check_method(spec)
         self.spec = spec
         self.device = device
         self._may_shrink = batch_size is None
@@ -79,6 +79,9 @@ class Attributor:
             self.n_classes = logits(self.network, probe, 1).shape[1]
             if self._may_shrink:
                 self.batch_size = _fitting_batch(self.network, probe)
+
+    def _check_method(self, spec: BuildSpec) -> None:
+        rule(spec.method, spec.n_steps)  # raises where it does not exist with so few
 
     def check_labels(self, labels: NDArray[np.int16], image_ids: Sequence[str]) -> None:
         """Raise `UserError`, naming the image, unless all labels, int16 (image,), are the network's classes or -1."""
@@ -205,20 +208,7 @@ class Attributor:
         prediction = scores.argmax(dim=1)
         label = torch.as_tensor(labels.astype(np.int64), device=self.device)
         target = label if spec.target == "label" else prediction
-        found = integrated_gradients(
-            self.network,
-            x,
-            self._normalise(baselines),
-            target,
-            method=spec.method,
-            n_steps=spec.n_steps,
-            output=spec.output,
-            reduce=spec.reduce,
-            precision=spec.precision,
-            batch_size=self.batch_size,
-            max_error=spec.max_error,
-            max_steps=spec.max_steps,
-        )
+        found = self._maps(x, self._normalise(baselines), target, image_ids)
         _check_same(select_output(scores, target, spec.output), found.output, image_ids)
         maps = found.maps.contiguous().cpu().numpy()
         finite = np.isfinite(maps).reshape(len(maps), -1).all(axis=1)
@@ -238,6 +228,26 @@ class Attributor:
             "reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON),
             "in_top5": (top5 == label[:, None]).any(dim=1).cpu().numpy(),
         }
+
+    def _maps(
+        self, x: torch.Tensor, baselines: torch.Tensor, targets: torch.Tensor, image_ids: Sequence[str]
+    ) -> Attributions:
+        """The maps of a few normalised images (image, 3, y, x), and the network's outputs for their targets."""
+        spec = self.spec
+        return integrated_gradients(
+            self.network,
+            x,
+            baselines,
+            targets,
+            method=spec.method,
+            n_steps=spec.n_steps,
+            output=spec.output,
+            reduce=spec.reduce,
+            precision=spec.precision,
+            batch_size=self.batch_size,
+            max_error=spec.max_error,
+            max_steps=spec.max_steps,
+        )
 
     def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
         on_device = torch.as_tensor(np.ascontiguousarray(pixels), device=self.device)

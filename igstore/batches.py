@@ -41,7 +41,7 @@ class MaskedBatches:
     Parameters
     ----------
     store
-        Path of a store, or a reader of it.
+        Path or URL of a store, or a `StoreReader`.
     cells
         The masks that will be asked for.
     networks

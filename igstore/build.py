@@ -1,20 +1,22 @@
-"""`igstore build`: images in, Integrated Gradients, a finished store out. The main job of the project."""
+"""`igstore build`: images in, Integrated Gradients, a finished store out. The main job of the project.
+
+torch is imported when the work begins, so that wrong options and ``--help`` do not wait for it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from igstore import cli
-from igstore.builder import forecast, plan_build, run_build
 from igstore.errors import UserError
 from igstore.images import Split
 from igstore.info import StoreInfo, describe, store_info
-from igstore.models import Classifier, load_classifier
+from igstore.parts import Part
+from igstore.reader import StoreReader
 from igstore.schema import (
     Baseline,
     BuildSpec,
@@ -26,6 +28,11 @@ from igstore.schema import (
     Reduce,
     Target,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from igstore.models import Classifier
 
 
 def build_store(
@@ -53,6 +60,8 @@ def build_store(
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    part: str | None = None,
+    scheduler: str | None = None,
     rank: bool = True,
     overwrite: bool = False,
     show_progress: bool = False,
@@ -80,11 +89,18 @@ def build_store(
     limit
         Only the first so many images. A larger limit later extends the store; a smaller one leaves it as it is.
     device
-        ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``; a list of these such as
+        ``cuda:0,cuda:2``, or ``all`` CUDA devices: then a process for each takes shards as it needs them.
     batch_size
         (image, step) pairs per gradient evaluation; None fits it to the free memory.
     workers
-        Threads that decode images; None is one a core, at most 8.
+        Threads that decode images, of each process; None is one a core, at most 8 in all.
+    part
+        ``I/N``, I from 1 to N: build every N-th shard, beginning with the I-th, beside other jobs that build the other
+        parts and see the same file system. Whichever finds all shards done finishes the store.
+    scheduler
+        Address of a dask.distributed scheduler, whose workers build the shards instead of this process. `model` must be
+        a name and `images` a path, which workers find for themselves, and they must see the store at its path.
     rank
         Rank the 3x3 blocks at the end (`rank_store`).
     overwrite
@@ -104,6 +120,10 @@ def build_store(
     ModelError
         The network is not a classifier of such images.
     """
+    from igstore.builder import run_build
+    from igstore.hiring import choose_workers
+    from igstore.plan import plan_build
+
     build = plan_build(
         model,
         images,
@@ -113,7 +133,6 @@ def build_store(
         split=split,
         labels=labels,
         limit=limit,
-        device=device,
         settings={
             "baseline": baseline,
             "target": target,
@@ -129,10 +148,23 @@ def build_store(
             "seed": seed,
         },
     )
-    run_build(
+    hire = choose_workers(
         build,
+        scheduler=scheduler,
+        device=device,
         batch_size=batch_size,
         workers=workers,
+        model=model,
+        weights=weights,
+        images=images,
+        split=split,
+        labels=labels,
+    )
+    run_build(
+        build,
+        hire,
+        part=_part(part, overwrite=overwrite),
+        scheduler=scheduler,
         rank=rank,
         overwrite=overwrite,
         show_progress=show_progress,
@@ -140,7 +172,8 @@ def build_store(
     return store_info(build.path)
 
 
-def _parser() -> cli.Parser:
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser(
         "build",
         "Attribute every image of a data set with Integrated Gradients, into a Zarr store. "
@@ -152,12 +185,13 @@ def _parser() -> cli.Parser:
     )
     what.add_argument(
         "--weights",
-        help="torchvision weights name, a file, or random[:SEED]; default: the article's IMAGENET1K_V1 where it exists",
+        metavar="W",
+        help="torchvision's name of them, a file, or random[:SEED] (default: IMAGENET1K_V1 where it exists)",
     )
     what.add_argument(
         "--data",
         default=os.environ.get("IMAGENET_DIR"),
-        help="ImageNet's root, a folder WNID/*.JPEG, or a flat folder; default: $IMAGENET_DIR",
+        help="ImageNet's root, a folder WNID/*.JPEG, or a flat folder (default: $IMAGENET_DIR)",
     )
     what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
     what.add_argument("--labels", help="CSV with columns file and wnid or class_index, for a flat folder")
@@ -165,7 +199,7 @@ def _parser() -> cli.Parser:
         "--limit", type=cli.positive, metavar="N", help="only the first N images; a larger N later extends the store"
     )
     where = parser.add_argument_group("where to")
-    where.add_argument("--store", help="folder of the store; default: MODEL.zarr")
+    where.add_argument("--store", metavar="STORE", help="folder of the store (default: MODEL.zarr)")
     where.add_argument("--shard-size", type=cli.positive, default=500, metavar="N", help="images a shard")
     where.add_argument(
         "--no-pixels",
@@ -201,8 +235,22 @@ def _parser() -> cli.Parser:
     pictures.add_argument("--interpolation", choices=cli.choices_of(Interpolation), help="of the resize")
     pictures.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
     pictures.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine = parser.add_argument_group("the machine, or several; pipelines/CLUSTER.md says more")
+    machine.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:N, a list such as cuda:0,cuda:2, or all GPUs: a process for each",
+    )
+    machine.add_argument(
+        "--part",
+        metavar="I/N",
+        help="build every N-th shard from the I-th on, as one of N jobs that share a file system; the last finishes",
+    )
+    machine.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a dask.distributed scheduler such as tcp://host:8786, whose workers build the shards",
+    )
     machine.add_argument(
         "--batch-size",
         type=_batch_size,
@@ -211,7 +259,10 @@ def _parser() -> cli.Parser:
         help="(image, step) pairs a gradient evaluation",
     )
     machine.add_argument(
-        "--workers", type=cli.positive, metavar="N", help="threads that decode images; default: one a core, at most 8"
+        "--workers",
+        type=cli.positive,
+        metavar="N",
+        help="threads that decode images, of each process (default: one a core, at most 8 in all)",
     )
     return parser
 
@@ -222,9 +273,19 @@ def _batch_size(text: str) -> int | None:
 
 def main(argv: Sequence[str]) -> int:
     """``igstore build --model NAME [--data PATH] [--store PATH] ...``."""
-    options = vars(_parser().parse_args(argv))
+    parsed, output = parser().parse(argv)
+    options = vars(parsed)
     if options["data"] is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
+    from igstore.builder import run_build
+    from igstore.forecast import forecast
+    from igstore.hiring import choose_workers
+    from igstore.models import load_classifier
+    from igstore.plan import plan_build
+
+    part = _part(options["part"], overwrite=options["overwrite"])
+    if options["dry_run"] and options["scheduler"]:
+        raise UserError("dry-run measures this machine, and scheduler leaves the work to others; leave one of them out")
     names = {field.name for field in dataclasses.fields(BuildSpec)}
     preprocessing = {name: options[name] for name in ("resize", "crop", "interpolation", "mean", "std")}
     build = plan_build(
@@ -236,22 +297,51 @@ def main(argv: Sequence[str]) -> int:
         split=options["split"],
         labels=options["labels"],
         limit=options["limit"],
-        device=options["device"],
         settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
     )
-    run = {name: options[name] for name in ("batch_size", "workers", "rank", "overwrite")}
     if options["dry_run"]:
-        cli.say(*forecast(build, run["batch_size"]))
+        expected = forecast(build, part=part, device=options["device"], batch_size=options["batch_size"])
+        output.result(expected, expected.lines())
         return cli.DONE
+    where = {name: options[name] for name in ("device", "batch_size", "workers", "model", "weights", "split", "labels")}
+    hire = choose_workers(build, scheduler=options["scheduler"], images=options["data"], **where)
     if build.spec.pixels:
-        cli.say(
+        output.note(
             "note: the store will hold the images' pixels, so whoever shares it redistributes them; "
             "--no-pixels leaves them out"
         )
-    run_build(build, **run, show_progress=True)
+    run = {name: options[name] for name in ("scheduler", "rank", "overwrite")}
+    run_build(build, hire, part=part, **run, show_progress=output.show_progress)
     info = store_info(build.path)
-    cli.say(*describe(info), f"next         igstore evaluate {info.path}")
-    return cli.SOME_IMAGES_FAILED if info.failed else cli.DONE
+    output.summary(info, [*describe(info), *_next(info, part)])
+    return cli.SOME_IMAGES_FAILED if _failed(build.path, part) else cli.DONE
+
+
+def _failed(path: Path, part: Part) -> bool:
+    """Whether images of the part's own shards failed: what other parts meet must not depend on who is first."""
+    reader = StoreReader(path)
+    records = [reader.records.get(shard) for shard in part.shards(reader.n_shards)]
+    return any(record["failed"] for record in records if record)
+
+
+def _part(text: str | None, *, overwrite: bool) -> Part:
+    if text is None:
+        return Part()
+    if overwrite:
+        raise UserError(
+            f"overwrite and part {text} do not go together: each part would remove what the others have built; remove "
+            "the store first, then start the parts"
+        )
+    return Part.parse(text)
+
+
+def _next(info: StoreInfo, part: Part) -> list[str]:
+    if info.is_complete:
+        return [f"next         igstore evaluate {info.path}"]
+    missing = len(info.missing_shards)
+    return [
+        f"part {part}    done; {missing} shard{'s' * (missing != 1)} of other parts to come, the last of which finishes"
+    ]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""What every command shares: exit statuses, one-line errors, orderly interruption, numbers for people."""
+"""What all commands share: options, output, exit statuses, one-line errors, interruption, numbers for people."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from igstore.errors import IgstoreError, UserError
 
@@ -22,16 +26,86 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as job schedulers send it before they kill; handled like Ctrl-C but for the exit status."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says an option's default where there is one to say, and its help does not say it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        nothing_to_say = default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, [])
+        if nothing_to_say or "default" in (action.help or ""):
+            return action.help
+        said = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {said.replace('%', '%%')})"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's words go: what was asked for to stdout, all else to stderr.
+
+    Parameters
+    ----------
+    quiet
+        Print errors, and the result where a result was asked for, and nothing else.
+    json
+        Print one JSON object on stdout, and nothing else there.
+    """
+
+    quiet: bool = False
+    json: bool = False
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether to say how far the work is."""
+        return not self.quiet
+
+    def note(self, *lines: str) -> None:
+        """Print what is worth knowing but was not asked for, on stderr."""
+        if not self.quiet:
+            _print(lines, sys.stderr)
+
+    def result(self, found: Any, lines: Iterable[str]) -> None:
+        """Print what was asked for: as `lines` for people, or `found` as JSON."""
+        _print([json.dumps(_jsonable(found), allow_nan=False)] if self.json else lines, sys.stdout)
+
+    def summary(self, found: Any, lines: Iterable[str]) -> None:
+        """Print what was done, where the result is a file: as `result`, but not to those who want quiet."""
+        if self.json or not self.quiet:
+            self.result(found, lines)
+
+
+def _jsonable(found: Any) -> Any:
+    """`found` with lists, dicts, strings and finite numbers alone; None where a number is not finite."""
+    if dataclasses.is_dataclass(found) and not isinstance(found, type):
+        return {field.name: _jsonable(getattr(found, field.name)) for field in dataclasses.fields(found)}
+    if isinstance(found, Mapping):
+        return {str(name): _jsonable(value) for name, value in found.items()}
+    if isinstance(found, float) and not math.isfinite(found):
+        return None
+    if found is None or isinstance(found, str | int | float):
+        return found
+    return str(found) if isinstance(found, os.PathLike) else [_jsonable(value) for value in found]
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser whose complaints are one line, and which knows the options that all commands have."""
 
     def __init__(self, command: str, description: str) -> None:
-        super().__init__(
-            prog=f"igstore {command}",
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
+        super().__init__(prog=f"igstore {command}", description=description, formatter_class=_Help, allow_abbrev=False)
+        # absent where not given, so that the other options can be handed on as they are
+        self.add_argument(
+            "--quiet", action="store_true", default=argparse.SUPPRESS, help="print errors and the result, nothing else"
         )
+        self.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object instead of text"
+        )
+
+    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Output]:
+        """The command's own options, and where its words go."""
+        options = self.parse_args(argv)
+        given = vars(options)
+        output = Output(quiet=given.pop("quiet", False), json=given.pop("json", False))
+        logging.getLogger("igstore").setLevel(logging.ERROR if output.quiet else logging.NOTSET)
+        return options, output
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which `run` turns into one line and status 2."""
@@ -75,8 +149,12 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
 
 def say(*lines: str) -> None:
     """Print lines on stdout."""
+    _print(lines, sys.stdout)
+
+
+def _print(lines: Iterable[str], stream: TextIO) -> None:
     for line in lines:
-        print(printable(line))  # noqa: T201
+        print(printable(line), file=stream)
 
 
 def printable(text: str) -> str:

@@ -33,7 +33,7 @@ def check_images(spec: BuildSpec, values: Values, record: Mapping[str, Any], *, 
     spec
         What the store was made with.
     values
-        Every variable of the shard, (image, ...).
+        Every variable of the shard, (image, ...), but those that a thin copy leaves out.
     record
         The shard's.
     n_classes
@@ -60,9 +60,12 @@ def check_images(spec: BuildSpec, values: Values, record: Mapping[str, Any], *, 
     steps = spec.n_steps * 2 ** np.arange(16)
     allowed = steps[steps <= (spec.max_steps or spec.n_steps)]
     rules.append(("n_steps", built & ~np.isin(values["n_steps"], allowed), "is no number of steps of this build"))
-    rules += _map_rules(spec, values, built)
+    mantissa, _ = np.frexp(values["scale"])
+    rules.append(("scale", built & ((mantissa != 0.5) | (values["scale"] == np.inf)), "is no power of two"))
+    if "attribution" in values:
+        rules += _map_rules(spec, values, built)
     for name, fill in layout.unbuilt(spec, 1).items():
-        if name not in ("status", "pixels"):
+        if name in values and name not in ("status", "pixels"):
             kept = failed.copy()
             differs = ~np.isclose(values[name][failed], fill, rtol=0, atol=0, equal_nan=True)
             kept[failed] = differs.any(axis=tuple(range(1, differs.ndim)))
@@ -94,11 +97,9 @@ def _map_rules(spec: BuildSpec, values: Values, built: NDArray[np.bool_]) -> lis
         size[batch] = block_sums(flat[batch], whole, "absolute")[:, 0, 0]
         largest[batch] = (flat[batch].view(np.uint16) & 0x7FFF).max(axis=(1, 2)).view(np.float16)
         is_negative[batch] = total[batch] < size[batch]
-    mantissa, _ = np.frexp(scale)
     # rounding to float16 may bring 1.9999 to 2
     fits = np.where(largest > 0, (largest >= 1) & (largest <= 2), scale == 1)
     rules = [
-        ("scale", built & ((mantissa != 0.5) | (scale == np.inf)), "is no power of two"),
         ("attribution", built & ~np.isfinite(total), "is not finite"),
         ("attribution", built & ~fits, "has no largest value in [1, 2]"),
     ]

@@ -29,7 +29,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     Parameters
     ----------
     store
-        Path of a store, or a reader of it.
+        Path or URL of a store, or a `StoreReader`.
     p, keep, select, score, block, fill, order, seed
         As `igstore.masking.MaskOptions`.
     images
@@ -150,7 +150,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     def __repr__(self) -> str:
         lines = [
             f"Number of datapoints: {len(self)}",
-            f"Root location: {self._source.path}",
+            f"Root location: {self._source.where}",
             f"Mask: {self.options}",
             *self._description,
         ]

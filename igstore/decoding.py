@@ -33,6 +33,11 @@ class Job:
         return self.last - self.first
 
 
+def most_workers() -> int:
+    """Threads that are worth having: one a core, at most 8."""
+    return min(_MOST_WORKERS, os.cpu_count() or 1)
+
+
 class Decoder:
     """Reads and prepares the images of jobs, a few jobs ahead; a context manager.
 
@@ -41,13 +46,13 @@ class Decoder:
     images, preprocessing
         The list that jobs are about, and what becomes of an image.
     workers
-        Threads; None is one a core, at most 8.
+        Threads; None is `most_workers`.
     """
 
     def __init__(self, images: ImageList, preprocessing: Preprocessing, workers: int | None = None) -> None:
         self._images = images
         self._preprocessing = preprocessing
-        self._threads = ThreadPoolExecutor(workers or min(_MOST_WORKERS, os.cpu_count() or 1), "decode")
+        self._threads = ThreadPoolExecutor(workers or most_workers(), "decode")
 
     def __enter__(self) -> Decoder:
         return self

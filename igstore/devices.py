@@ -1,4 +1,4 @@
-"""Which device a user's word for one means."""
+"""Which devices a user's words for them mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_device(name: str) -> torch.device:
     UserError
         There is no such device on this machine.
     """
-    available = torch.cuda.device_count()
+    available = _cuda_devices()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
     try:
@@ -27,3 +27,28 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= available:
         raise UserError(f"device is {name!r}, but this machine has {available} CUDA devices that torch can use")
     return device
+
+
+def find_devices(names: str) -> tuple[torch.device, ...]:
+    """The device that `find_device` finds, those of a list like ``cuda:0,cuda:2``, or all CUDA devices: ``all``.
+
+    A device that is listed twice is given twice.
+
+    Raises
+    ------
+    UserError
+        There is no such device on this machine, or ``all`` are none.
+    """
+    if names != "all":
+        return tuple(find_device(name) for name in names.split(","))
+    available = _cuda_devices()
+    if not available:
+        raise UserError(
+            "device is all, which means every GPU, but this machine has no CUDA device that torch can use; "
+            "give cpu to do without"
+        )
+    return tuple(torch.device("cuda", index) for index in range(available))
+
+
+def _cuda_devices() -> int:
+    return torch.cuda.device_count()

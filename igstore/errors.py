@@ -47,6 +47,14 @@ class DamagedStoreError(IgstoreError, RuntimeError):
     """A store's contents contradict its records or its own layout."""
 
 
+class UnfinishedShardError(DamagedStoreError):
+    """A shard that is needed is being written just now, or never was finished."""
+
+
+class UnreachableError(IgstoreError, OSError):
+    """A store behind a URL does not answer, or breaks off, however often it is asked."""
+
+
 class OutOfMemoryError(IgstoreError, MemoryError):
     """A device has not enough memory for a batch."""
 

@@ -1,4 +1,7 @@
-"""`igstore evaluate`: show masked images to models, and make the article's tables. Each image is read once for all."""
+"""`igstore evaluate`: show masked images to models, and make the article's tables. Each image is read once for all.
+
+torch is imported when the work begins, so that wrong options and ``--help`` do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
-from igstore.devices import find_device
 from igstore.errors import SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS
-from igstore.models import Classifier, load_classifier
 from igstore.reader import StoreReader
 from igstore.results import Row, measure, predictions
 from igstore.results_folder import check_out, write_report
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
-from igstore.showing import ShowingPlan, show
 from igstore.tables import article_tables
+
+if TYPE_CHECKING:
+    from igstore.models import Classifier
 
 Store = str | os.PathLike[str] | StoreReader
 
@@ -106,7 +109,10 @@ def evaluate(
     ModelError
         A network does not classify such images.
     """
-    readers = [store if isinstance(store, StoreReader) else StoreReader(store) for store in _several(stores)]
+    from igstore.devices import find_device
+    from igstore.showing import ShowingPlan, show
+
+    readers = [StoreReader.of(store) for store in _several(stores)]
     cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)
     on = find_device(device)
     if out is not None:
@@ -146,8 +152,8 @@ def _check_labels(stores: Sequence[StoreReader]) -> None:
         for image_id, label in zip(store.image_ids, store.scalars("label").tolist(), strict=True):
             if labels.setdefault(image_id, label) != label:
                 raise UserError(
-                    f"image {image_id} has label {label} in {store.root} and {labels[image_id]} in another store: they "
-                    "are of different data sets; evaluate them one by one"
+                    f"image {image_id} has label {label} in {store.where} and {labels[image_id]} in another store: "
+                    "they are of different data sets; evaluate them one by one"
                 )
 
 
@@ -158,8 +164,10 @@ def _classifiers(
     stores: Sequence[StoreReader], models: Sequence[str | Classifier] | None, weights: str | Sequence[str | None] | None
 ) -> list[list[Classifier]]:
     """For each store, the classifiers that its images are shown to."""
+    from igstore.models import Classifier, load_classifier
+
     if models is None:
-        return [[_own_classifier(*pair)] for pair in zip(stores, _one_each(weights, len(stores)), strict=True)]
+        return [[own_classifier(*pair)] for pair in zip(stores, _one_each(weights, len(stores)), strict=True)]
     if not models:
         raise UserError("models is empty; give at least one, or leave it out for the store's own model")
     wrong = [model for model in models if not isinstance(model, str | Classifier)]
@@ -183,10 +191,12 @@ def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequ
     return weights
 
 
-def _own_classifier(store: StoreReader, weights: str | None) -> Classifier:
+def own_classifier(store: StoreReader, weights: str | None) -> Classifier:
     """The classifier that made a store, by the name and weights that it records, or from these `weights`."""
+    from igstore.models import load_classifier
+
     spec = store.spec
-    what = f"{store.root} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
+    what = f"{store.where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
     remedy = "give --weights for it, or --models to show its images to others (in Python, models=[Classifier, ...])"
     try:
         try:
@@ -208,7 +218,8 @@ def _own_classifier(store: StoreReader, weights: str | None) -> Classifier:
 # --- The command
 
 
-def _parser() -> cli.Parser:
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser(
         "evaluate",
         "Measure models on a store's masked images and print the article's tables. Options that take several values "
@@ -216,7 +227,7 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("stores", metavar="STORE", nargs="+", help="ranked stores, as igstore build makes them")
     who = parser.add_argument_group("who is shown the images")
-    who.add_argument("--models", nargs="+", metavar="NAME", help="these models; default: each store's own")
+    who.add_argument("--models", nargs="+", metavar="NAME", help="these models (default: each store's own)")
     who.add_argument(
         "--weights", nargs="+", metavar="W", help="as igstore build takes them: one for each model, or one for all"
     )
@@ -251,19 +262,20 @@ def _parser() -> cli.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """``igstore evaluate STORE [STORE ...]``."""
-    options = vars(_parser().parse_args(argv))
+    parsed, output = parser().parse(argv)
+    options = vars(parsed)
     stores = [StoreReader(path) for path in options.pop("stores")]
     for store in stores:
         n_failed, n_missing = (int((store.status == status).sum()) for status in (FAILED, NOT_BUILT))
         if n_failed or n_missing:
-            cli.say(
-                f"note: {store.root} has {n_failed} images that failed and {n_missing} not built; they are left out"
+            output.note(
+                f"note: {store.where} has {n_failed} images that failed and {n_missing} not built; they are left out"
             )
-    evaluation = evaluate(stores, **options, show_progress=True)
-    for table in article_tables(evaluation.rows):
-        cli.say(table.text(), "")
+    rows = evaluate(stores, **options, show_progress=output.show_progress).rows
+    lines = [line for table in article_tables(rows) for line in (table.text(), "")]
+    output.result({"rows": rows, "out": options["out"]}, lines)
     if options["out"]:
-        cli.say(f"results in {options['out']}")
+        output.note(f"results in {options['out']}")
     return cli.DONE
 
 

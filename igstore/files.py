@@ -6,6 +6,8 @@ import glob
 import hashlib
 import json
 import os
+import re
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +16,23 @@ from typing import Any
 
 PARTIAL = ".partial"  # ends the name of a file that is being written; zarr-python uses the same
 
+# What we put before it is a UUID of version 8, "custom", whose first digits say which machine is writing.
+_OURS = re.compile(r"\.([0-9a-f]{12})8[0-9a-f]{19}" + re.escape(PARTIAL))
+
 
 def temporary_name(path: Path) -> Path:
     """Where to write what will be at `path`; each call gives another, as several machines may write it at once."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    return path.with_name(f"{path.name}.{_machine()}8{uuid.uuid4().hex[13:]}{PARTIAL}")
+
+
+def is_of_another_machine(temporary: Path) -> bool:
+    """Whether a temporary name was given on another machine than this one."""
+    ours = _OURS.search(temporary.name)
+    return ours is not None and ours[1] != _machine()
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
 def temporaries(path: Path) -> list[Path]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +85,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
     SettingsMismatchError
         It is not a store of this format version.
     """
-    store = StoreReader(Path(path))
+    store = StoreReader.of(path)
     records = [store.records[shard] for shard in sorted(store.records)]
     rankings = {name: store.ranking(name).records for name in store.rankings}
     built = store.status == BUILT
@@ -176,14 +173,18 @@ def _listed(title: str, items: Sequence[str]) -> list[str]:
     return [f"{head} {item}" for head, item in zip(heads, items[:_FEW], strict=False)] + more
 
 
-def main(argv: Sequence[str]) -> int:
-    """``igstore info STORE``."""
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser("info", "Say what a store holds, what made it, and what is missing.")
     parser.add_argument("store", metavar="STORE", help="folder of the store")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines for people")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore info STORE``."""
+    options, output = parser().parse(argv)
     info = store_info(options.store)
-    cli.say(*([json.dumps(dataclasses.asdict(info))] if options.json else describe(info)))
+    output.result(info, describe(info))
     return cli.DONE
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from igstore import files
 from igstore.errors import DamagedStoreError
 from igstore.progress import Progress
-from igstore.reader import Sharded, StoreReader, read_record
+from igstore.reader import Sharded, StoreReader
 
 _MOST_THREADS = 8  # sha256 runs outside Python's lock, at half a GB/s to two a thread
 _PATIENCE = 3.0  # seconds before the progress is shown
@@ -48,30 +45,34 @@ class Finding:
         return f"{where}: {self.file} {self.problem}"
 
 
-def check_shards(group: Sharded, *, label: str, show_progress: bool = False) -> Iterator[list[Finding]]:
+def check_shards(
+    group: Sharded, shards: Sequence[int] | None = None, *, label: str, show_progress: bool = False
+) -> Iterator[list[Finding]]:
     """For each shard of a store or of a ranking, in order, what is wrong with its record and its files.
 
     Parameters
     ----------
     group
         A `StoreReader` or `RankingReader`.
+    shards
+        Their numbers; None is all.
     label, show_progress
         What to call it on a progress bar, and whether to show one.
     """
+    shards = range(group.n_shards) if shards is None else shards
+    sizes = [last - first for first, last in map(group.bounds, shards)]
     threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "check")
-    with Progress(group.n_images, label=label, show=show_progress, patience=_PATIENCE) as progress, threads:
-        for shard, findings in enumerate(threads.map(partial(check_shard, group), range(group.n_shards))):
-            first, last = group.bounds(shard)
-            progress.advance(last - first)
+    with Progress(sum(sizes), label=label, show=show_progress, patience=_PATIENCE) as progress, threads:
+        for size, findings in zip(sizes, threads.map(partial(check_shard, group), shards), strict=True):
+            progress.advance(size)
             yield findings
 
 
 def check_shard(group: Sharded, shard: int) -> list[Finding]:
     """What is wrong with the record and the files of one shard; one finding that is missing, where it is not done."""
-    record_file = group.record_path(shard).relative_to(group.root).as_posix()
-    expected = group.shard_files(shard)
+    record_file, expected = group.record_file(shard), group.shard_files(shard)
     try:
-        record = read_record(group.record_path(shard), shard, expected.values())
+        record = group.any_record(shard)
     except DamagedStoreError:
         return [Finding("is not the record of a shard", record_file, shard)]
     if record is None or record["images"] != list(group.bounds(shard)):
@@ -82,37 +83,30 @@ def check_shard(group: Sharded, shard: int) -> list[Finding]:
     if isinstance(group, StoreReader) and record.get("settings") != group.spec.to_attributes():
         findings.append(Finding("is of a shard that was made with other settings", record_file, shard))
     for array, file in expected.items():
-        problem = file_problem(group.root / file, record["files"][file])
+        problem = group.form.problem(file, record["files"][file])
         if problem:
             findings.append(Finding(problem, file, shard, group.array_path(array)))
     return findings
 
 
-def withdraw_damaged(group: Sharded, *, label: str, show_progress: bool = False) -> list[Finding]:
-    """Take away the records of damaged shards, which are then as good as never made; returns what was wrong."""
+def withdraw_damaged(
+    group: Sharded, shards: Sequence[int] | None = None, *, label: str, show_progress: bool = False
+) -> list[Finding]:
+    """Take away the records of damaged shards, which are then as good as never made; returns what was wrong.
+
+    Parameters are those of `check_shards`.
+    """
+    shards = range(group.n_shards) if shards is None else shards
     withdrawn = []
-    for shard, findings in enumerate(check_shards(group, label=label, show_progress=show_progress)):
+    for shard, findings in zip(
+        shards, check_shards(group, shards, label=label, show_progress=show_progress), strict=True
+    ):
         # twice, because another process may just have been writing the shard anew
         if _are_damage(findings) and _are_damage(check_shard(group, shard)):
-            group.record_path(shard).unlink(missing_ok=True)
+            (group.root / group.record_file(shard)).unlink(missing_ok=True)
             withdrawn += findings
     return withdrawn
 
 
 def _are_damage(findings: list[Finding]) -> bool:
     return any(not finding.is_missing for finding in findings)
-
-
-def file_problem(path: Path, recorded: dict[str, Any]) -> str:
-    """Why a file is not the one that was recorded, in words that follow its name; "" where it is."""
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            return "is not a regular file"
-        if status.st_size != recorded["bytes"]:
-            return f"has {status.st_size} bytes, and had {recorded['bytes']} when it was written"
-        return "" if files.checksum(path) == recorded else "has changed since it was written"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"

@@ -58,6 +58,9 @@ LISTED = {
     "label": _scalar("int16", UNKNOWN_LABEL, "ground-truth class index, -1 unknown"),
 }
 
+# What an export may leave out.
+OMISSIBLE = ("attribution", "pixels")
+
 # What a failed image holds: the same as one that is not built, but for `status`.
 _COMPUTED = {
     "scale": _scalar("float32", 1.0, "power of two that multiplies the stored map"),
@@ -72,8 +75,11 @@ _COMPUTED = {
 }
 
 
-def variables(spec: BuildSpec) -> dict[str, Variable]:
-    """The variables of a store made with `spec`, by name, in the order in which a shard's pieces are written."""
+def variables(spec: BuildSpec, omitted: Iterable[str] = ()) -> dict[str, Variable]:
+    """The variables of a store made with `spec`, by name, in the order in which a shard's pieces are written.
+
+    Those that are `omitted` are left out, as thin copies of stores do.
+    """
     map_dims = (IMAGE, CHANNEL, Y, X) if spec.reduce == "none" else (IMAGE, Y, X)
     image_shaped = {"attribution": Variable(map_dims, "float16", 0.0, "Integrated Gradients divided by scale")}
     if spec.pixels:
@@ -81,7 +87,8 @@ def variables(spec: BuildSpec) -> dict[str, Variable]:
         image_shaped["pixels"] = Variable(
             dims, "uint8", 0, "the model's resized and cropped input, before normalisation"
         )
-    return image_shaped | LISTED | _COMPUTED
+    every = image_shaped | LISTED | _COMPUTED
+    return {name: variable for name, variable in every.items() if name not in omitted}
 
 
 def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
@@ -182,6 +189,7 @@ _RECORD_FIELDS: dict[str, Callable[[Any], bool]] = {
     "evaluations": _is_count,
     "seconds": lambda seconds: type(seconds) in (int, float) and 0 <= seconds < 2**63,
     "device": lambda device: isinstance(device, str),
+    "attribution_sha256": lambda sha256: isinstance(sha256, str),
 }
 
 

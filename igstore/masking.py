@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,12 +96,12 @@ def _check_seed(seed: object) -> int:
 class MaskedImages:
     """The masks and the masked pixels of a store's built images.
 
-    It pickles as paths and opens what it needs when it needs it, in each process anew.
+    It pickles as paths and URLs and opens what it needs when it needs it, in each process anew.
 
     Parameters
     ----------
     store
-        Path of a store, or a reader of it.
+        Path or URL of a store, or a `StoreReader`.
     images
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.
@@ -114,20 +113,24 @@ class MaskedImages:
     """
 
     def __init__(self, store: str | os.PathLike[str] | StoreReader, images: Any = None) -> None:
-        if isinstance(store, StoreReader):
-            self.reader = store
-        self.path = (store.root if isinstance(store, StoreReader) else Path(store).expanduser()).absolute()
+        self.reader = StoreReader.of(store)
+        self._form = self.reader.form
         self._images = find_pixels(images)
         if not len(self.built):
-            raise UserError(f"no image of {self.path} is built yet; run `igstore build` with its settings to go on")
+            raise UserError(f"no image of {self.where} is built yet; run `igstore build` with its settings to go on")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_images": self._images}
+        return {"_form": self._form, "_images": self._images}
 
     @cached_property
     def reader(self) -> StoreReader:
         """The store."""
-        return StoreReader(self.path)
+        return StoreReader(self._form)
+
+    @property
+    def where(self) -> str:
+        """The store's path or URL."""
+        return self._form.where
 
     @cached_property
     def built(self) -> Images:
@@ -161,7 +164,7 @@ class MaskedImages:
         if chosen.dtype != np.bool_ or chosen.shape != (self.reader.n_images,):
             raise UserError(
                 f"where is {chosen.dtype} of shape {chosen.shape}; it must be bool of shape ({self.reader.n_images},): "
-                f"one value for each image of {self.path}, built or not"
+                f"one value for each image of {self.where}, built or not"
             )
         return np.flatnonzero(chosen & (self.reader.status == BUILT))
 
@@ -186,8 +189,8 @@ class MaskedImages:
             unranked = self.reader.records.keys() - ranking.records.keys()
             if unranked:
                 raise StoreNotFoundError(
-                    f"the ranking {name} of {self.path} lacks {len(unranked)} of the {len(self.reader.records)} shards "
-                    f"that are built, or is older than they are; run `igstore rank {self.path} "
+                    f"the ranking {name} of {self.where} lacks {len(unranked)} of the {len(self.reader.records)} "
+                    f"shards that are built, or is older than they are; run `igstore rank {self.where} "
                     f"--score {options.score} --block {options.block}`"
                 )
             self._rankings[name] = ranking

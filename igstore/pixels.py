@@ -15,6 +15,8 @@ from igstore.errors import ImageError, SettingsMismatchError, UserError
 from igstore.images import ImageList, as_image_list, find_images, prepare
 from igstore.reader import StoreReader
 from igstore.schema import BUILT, Preprocessing
+from igstore.sources import is_url
+from igstore.zarr_form import ZarrForm
 
 # What decides the pixels of an image; mean and std only come after them.
 _CROP_FIELDS = ("resize", "crop", "interpolation")
@@ -45,13 +47,13 @@ class PreparedImages:
         return pixels
 
 
-def find_pixels(images: Any) -> Path | ImageList | None:
-    """What a user gave as `images`, looked up once: the path of a store, a list of images, or None for nothing given.
+def find_pixels(images: Any) -> ZarrForm | ImageList | None:
+    """What a user gave as `images`, looked up once: a store, a list of images, or None for nothing given.
 
     Parameters
     ----------
     images
-        A store (its path or a `StoreReader`), a path as `find_images` takes it, or what `as_image_list` takes.
+        A store (its path, its URL or a `StoreReader`), a path as `find_images` takes it, or what `as_image_list` takes.
 
     Raises
     ------
@@ -61,14 +63,15 @@ def find_pixels(images: Any) -> Path | ImageList | None:
     if images is None:
         return None
     if isinstance(images, StoreReader):
-        return images.root.absolute()
+        return images.form
     if isinstance(images, str | os.PathLike):
-        path = Path(images).expanduser().absolute()
-        return path if (path / "zarr.json").exists() else find_images(path)
+        if is_url(images) or Path(images).expanduser().joinpath("zarr.json").exists():
+            return StoreReader(images).form
+        return find_images(Path(images).expanduser().absolute())
     return as_image_list(images)
 
 
-def open_pixels(store: StoreReader, images: Path | ImageList | None) -> PixelSource:
+def open_pixels(store: StoreReader, images: ZarrForm | ImageList | None) -> PixelSource:
     """The pixels of a store's images, from what `find_pixels` found.
 
     Raises
@@ -79,9 +82,9 @@ def open_pixels(store: StoreReader, images: Path | ImageList | None) -> PixelSou
         The images are others than the store's, or resized or cropped in another way.
     """
     if images is None:
-        if not store.spec.pixels:
+        if "pixels" not in store.variables:
             raise UserError(
-                f"{store.root} was made without pixels; give images=PATH: the folder or tar of its images, or a store "
+                f"{store.where} was made without pixels; give images=PATH: the folder or tar of its images, or a store "
                 "that holds the pixels of the same images"
             )
         return store.array("pixels")
@@ -91,17 +94,17 @@ def open_pixels(store: StoreReader, images: Path | ImageList | None) -> PixelSou
         _check_all_there(built[built >= len(images)], f"the {len(images)} images given")
         return PreparedImages(images, store.spec.preprocessing)
     other = StoreReader(images)
-    if not other.spec.pixels:
-        raise UserError(f"{other.root} was made without pixels; give a store that holds them, or the images themselves")
-    _check_same_list(store, str(other.root), other.spec.images_fingerprint)
+    if "pixels" not in other.variables:
+        raise UserError(f"{other.where} was made without pixels; give a store that holds them, or the images")
+    _check_same_list(store, other.where, other.spec.images_fingerprint)
     for field in _CROP_FIELDS:
         ours, theirs = getattr(store.spec.preprocessing, field), getattr(other.spec.preprocessing, field)
         if ours != theirs:
             raise SettingsMismatchError(
-                f"the pixels of {store.root} have {field} {ours}, those of {other.root} {theirs}; "
+                f"the pixels of {store.where} have {field} {ours}, those of {other.where} {theirs}; "
                 "give a store of the same input, or the images themselves"
             )
-    _check_all_there(np.setdiff1d(built, np.flatnonzero(other.status == BUILT)), str(other.root))
+    _check_all_there(np.setdiff1d(built, np.flatnonzero(other.status == BUILT)), other.where)
     return other.array("pixels")
 
 
@@ -122,7 +125,7 @@ def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 def _check_same_list(store: StoreReader, given: str, fingerprint: str) -> None:
     if fingerprint != store.spec.images_fingerprint:
         raise SettingsMismatchError(
-            f"{given} are not the images that {store.root} was made from: the fingerprint of their ids and labels is "
+            f"{given} are not the images that {store.where} was made from: the fingerprint of their ids and labels is "
             f"{fingerprint[:12]}, the store's {store.spec.images_fingerprint[:12]}; give the same images, with the "
             "same labels"
         )

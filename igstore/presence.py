@@ -1,8 +1,8 @@
 """Several processes at one store: who else is at work there, one writer of a shard at a time, the last one sweeps.
 
 The system's own locks (flock) say so. It takes those of a process that dies, however it dies, so nothing is left that
-might be stale. On a file system without locks every process takes itself to be alone; shards are whole and atomic all
-the same, and processes that compute the same write the same.
+might be stale. On a file system without locks every process takes itself to be alone, but sweeps only what is old;
+shards are whole and atomic all the same, and processes that compute the same write the same.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ class Presence:
     ----------
     others
         Who came before and may still be at work, in words, the latest last; empty where nobody is.
+    has_locks
+        Whether the store's file system has locks.
     """
 
     def __init__(self, store: Path, descriptor: int) -> None:
         self._store = store
         self._descriptor = descriptor
-        if self._is_alone():
+        alone = self._is_alone()
+        self.has_locks = alone is not None
+        if alone or not self.has_locks:
             os.ftruncate(descriptor, 0)  # those who are named there have left, or died
         self.others = os.pread(descriptor, _MOST_BYTES, 0).decode(errors="replace").splitlines()
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %R}\n".encode())
@@ -43,10 +47,12 @@ class Presence:
 
     def sweep(self) -> None:
         """Remove what interrupted writers left, unless somebody else is at work; the last thing to do in a context."""
-        if self._is_alone():
-            staging.sweep(self._store)
+        alone = self._is_alone()
+        if alone or not self.has_locks:
+            os.utime(self._descriptor)  # a file server's clock is not this machine's
+            staging.sweep(self._store, is_alone=bool(alone), now=os.fstat(self._descriptor).st_mtime)
 
-    def _is_alone(self) -> bool:
+    def _is_alone(self) -> bool | None:
         """Whether nobody else is; then nobody comes in before this process leaves, or shares its lock again."""
         return _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -99,8 +105,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _lock(descriptor: int, operation: int) -> bool:
-    """Whether the lock was granted, as it always is where there are none."""
+def _lock(descriptor: int, operation: int) -> bool | None:
+    """Whether the lock was granted; None where there are none."""
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
@@ -108,4 +114,5 @@ def _lock(descriptor: int, operation: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return None
     return True

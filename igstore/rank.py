@@ -16,11 +16,12 @@ from dask.callbacks import Callback
 
 from igstore import __version__, cli, layout
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, block_ranks, block_shares, block_sums, check_block
-from igstore.errors import DamagedStoreError, UserError
-from igstore.integrity import file_problem, withdraw_damaged
+from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
+from igstore.integrity import withdraw_damaged
 from igstore.presence import at_work
 from igstore.progress import Progress
-from igstore.reader import ImageArray, StoreReader
+from igstore.reader import StoreReader
+from igstore.schedulers import connect
 from igstore.schema import BuildSpec, Score
 from igstore.store import create_ranking, write_rank_shard
 
@@ -87,9 +88,10 @@ def rank_store(
     """
     block = check_block(block)
     name = layout.ranking_name(score, block)
-    reader = StoreReader(Path(store))
+    reader = StoreReader(store)
     if not reader.records:
         raise UserError(f"no shard of {reader.root} is finished: there is nothing to rank; go on with `igstore build`")
+    reader.array("attribution")  # raises unless it is there, as the store lays it out, before anything is written
     sizes = {shard: record["images"][1] - record["images"][0] for shard, record in reader.records.items()}
     if name in reader.rankings:
         for finding in withdraw_damaged(reader.ranking(name), label=f"checking {name}", show_progress=show_progress):
@@ -97,7 +99,6 @@ def rank_store(
     shards = _unranked(reader, name)
     ranked = sum(sizes[shard] for shard in shards)
     unchanged = sum(sizes.values()) - ranked
-    reader.array("attribution")  # raises unless its layout is the store's, before anything is written
     with _client(scheduler) as client:
         create_ranking(reader.root, name, block=block, attributes=ranking_attributes(reader.spec, score, block))
         if shards:
@@ -131,12 +132,12 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     # Read before the maps: should they be replaced meanwhile, the ranks are known to be of the old ones.
     record = store.record(shard)
     if record is None:
-        raise DamagedStoreError(f"shard {shard} of {root} is being written; rank again when the build is done")
+        raise UnfinishedShardError(f"shard {shard} of {root} is being written; rank again when the build is done")
     file = store.shard_files(shard)["attribution"]
-    problem = file_problem(store.root / file, record["files"][file])
+    problem = store.form.problem(file, record["files"][file])
     if problem:
         raise DamagedStoreError(f"{store.root / file} {problem}; run the build again, which repairs it, then rank")
-    maps = ImageArray(store.root, "attribution", is_done=lambda _: True).shard(shard)  # (image, [channel,] y, x)
+    maps = store.values("attribution", shard, record)  # (image, [channel,] y, x)
     first = record["images"][0]
     grid = block_grid(*store.spec.preprocessing.crop, block)
     arrays: dict[str, Any] = {
@@ -165,17 +166,7 @@ def _client(scheduler: str | None) -> Iterator[Any]:
     if scheduler is None:
         yield _active_client()
         return
-    try:
-        from distributed import Client
-    except ImportError:
-        raise UserError(
-            f"scheduler is {scheduler}, which needs dask.distributed; install it with `pip install 'igstore[cluster]'`"
-        ) from None
-    try:
-        client = Client(scheduler, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no dask scheduler answers at {scheduler}: {error}") from error
-    with client:
+    with connect(scheduler) as client:
         yield client
 
 
@@ -203,8 +194,8 @@ def _compute(tasks: Sequence[Any], client: Any, advance: Callable[[int], None]) 
         advance(images)
 
 
-def main(argv: Sequence[str]) -> int:
-    """`igstore rank`: rank a store's blocks and say what was done."""
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser(
         "rank", "Rank the blocks of every attribution map of a store. The same command again ranks what is new."
     )
@@ -218,14 +209,20 @@ def main(argv: Sequence[str]) -> int:
         metavar="ADDRESS",
         help="a dask.distributed scheduler such as tcp://host:8786 to compute on, instead of threads of this machine",
     )
-    options = parser.parse_args(argv)
-    summary = rank_store(
-        options.store, score=options.score, block=options.block, scheduler=options.scheduler, show_progress=True
-    )
-    cli.say(f"ranks/{summary.name}: {summary.ranked} images ranked, {summary.unchanged} unchanged")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore rank STORE``."""
+    options, output = parser().parse(argv)
+    summary = rank_store(**vars(options), show_progress=output.show_progress)
+    lines = [f"ranks/{summary.name}: {summary.ranked} images ranked, {summary.unchanged} unchanged"]
     if summary.missing_shards:
         missing, n_shards = len(summary.missing_shards), StoreReader(options.store).n_shards
-        cli.say(f"shards that are not built, and so have no ranks: {missing} of {n_shards}; build on, then rank again")
+        lines += [
+            f"shards that are not built, and so have no ranks: {missing} of {n_shards}; build on, then rank again"
+        ]
+    output.summary(summary, lines)
     return cli.DONE
 
 

@@ -34,6 +34,7 @@ class Recomputation:
     ) -> None:
         if seed < 0:
             raise UserError(f"seed is {seed}; it must be at least 0")
+        store.array("attribution")  # raises where a thin copy leaves it out
         built = np.flatnonzero(store.status == BUILT)
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))

@@ -11,6 +11,7 @@ from igstore import files
 from igstore.errors import SettingsMismatchError
 from igstore.images import ImageList
 from igstore.integrity import withdraw_damaged
+from igstore.parts import Part
 from igstore.reader import StoreReader
 from igstore.schema import BuildSpec
 from igstore.store import finish_store, lay_out_store, read_json
@@ -19,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def repair_store(
-    path: Path, spec: BuildSpec, images: ImageList, attributes: Mapping[str, Any], *, show_progress: bool = False
+    path: Path,
+    spec: BuildSpec,
+    images: ImageList,
+    attributes: Mapping[str, Any],
+    *,
+    part: Part,
+    show_progress: bool = False,
 ) -> None:
     """Put right what is damaged in a store of `spec`; a store of other settings is left alone.
 
@@ -34,6 +41,8 @@ def repair_store(
         The whole list that it was made from.
     attributes
         Those that a new store is given, in case its own are damaged.
+    part
+        Whose shards to check.
     """
     root = read_json(path / "zarr.json")
     own = root.get("attributes") if isinstance(root, dict) else None
@@ -52,7 +61,8 @@ def repair_store(
         logger.warning("%s is damaged: writing it again", path / "zarr.json")
     lay_out_store(path, spec, image_ids=images.ids[:n_images], labels=images.labels[:n_images], attributes=attributes)
     store = StoreReader(path)
-    damaged = withdraw_damaged(store, label="checking", show_progress=show_progress)
+    shards = part.shards(store.n_shards)
+    damaged = withdraw_damaged(store, shards, label="checking", show_progress=show_progress)
     for finding in damaged:
         logger.warning("%s; building the shard again", finding)
     if damaged and store.attributes["complete"]:

@@ -96,8 +96,8 @@ def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> dict[s
     return sources
 
 
-def main(argv: Sequence[str]) -> int:
-    """``igstore report RESULTS``."""
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser("report", "Make a page of what igstore evaluate --out wrote, with figures, tables and images.")
     parser.add_argument("results", metavar="RESULTS", help="the folder that igstore evaluate --out wrote")
     parser.add_argument("--out", metavar="HTML", default="report.html", help="the page to write; figures go beside it")
@@ -105,9 +105,15 @@ def main(argv: Sequence[str]) -> int:
         "--store", dest="stores", nargs="+", default=[], metavar="STORE", help="evaluated stores, to show images from"
     )
     parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
-    options = vars(parser.parse_args(argv))
-    written = make_report(options.pop("results"), options.pop("out"), **options)
-    cli.say(f"{written[0]}: open it in a browser; {len(written) - 1} figures and tables in {written[1].parent}")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore report RESULTS``."""
+    options, output = parser().parse(argv)
+    page, *beside = make_report(**vars(options))
+    said = f"{page}: open it in a browser; {len(beside)} figures and tables in {beside[0].parent}"
+    output.summary({"page": page, "files": beside}, [said])
     return cli.DONE
 
 

@@ -18,6 +18,7 @@ BLOCK_Y, BLOCK_X = "block_y", "block_x"
 Method = Literal[
     "riemann_right", "riemann_left", "riemann_middle", "riemann_trapezoid", "gausslegendre", "quadratic_midpoint"
 ]
+IMPORTED = "imported"  # the method of maps that were made elsewhere
 Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
@@ -30,6 +31,7 @@ Select = Literal["mass", "count"]
 Keep = Literal["top", "bottom"]
 Fill = Literal["black", "mean", "image_mean", "blur", "noise"]
 Order = Literal["attribution", "random"]
+Compress = Literal["zstd"]
 
 # `status` of an image
 NOT_BUILT, BUILT, FAILED = 0, 1, 2
@@ -40,6 +42,8 @@ UNKNOWN_LABEL = -1
 _LARGEST = 2.0**100
 _MOST_PIXELS = 1 << 26
 _MOST_IMAGES_A_SHARD = 1 << 20
+
+_OF_IMPORTED = ("maps_by", "maps_sha256")
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:
@@ -103,8 +107,8 @@ class BuildSpec:
     baseline: Baseline = "black"
     target: Target = "prediction"
     output: Output = "logit"
-    method: Method = "riemann_right"
-    n_steps: int = 50
+    method: Method | Literal["imported"] = "riemann_right"
+    n_steps: int = 50  # 0 for imported maps
     max_error: float | None = None
     max_steps: int | None = None
     precision: Precision = "float32"
@@ -112,6 +116,8 @@ class BuildSpec:
     pixels: bool = True
     shard_size: int = 500
     seed: int = 0
+    maps_by: str | None = None  # of imported maps: what made them, in its maker's words
+    maps_sha256: str | None = None  # of imported maps: their values, in the order of the images
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -119,12 +125,17 @@ class BuildSpec:
             ("baseline", Baseline),
             ("target", Target),
             ("output", Output),
-            ("method", Method),
             ("precision", Precision),
             ("reduce", Reduce),
         ):
             check_choice(field, getattr(self, field), choices)
-        if not 1 <= self.n_steps <= 32767:
+        check_choice("method", self.method, (*get_args(Method), IMPORTED))
+        is_imported = self.method == IMPORTED
+        if is_imported and (self.n_steps or not self.maps_by or not self.maps_sha256):
+            raise UserError("imported maps have n_steps 0, and maps_by and maps_sha256 say what they are")
+        if not is_imported and (self.maps_by or self.maps_sha256):
+            raise UserError(f"maps_by and maps_sha256 are for imported maps; method is {self.method}")
+        if not is_imported and not 1 <= self.n_steps <= 32767:
             raise UserError(f"n_steps is {self.n_steps}; it must be between 1 and 32767")
         if not 1 <= self.shard_size <= _MOST_IMAGES_A_SHARD:
             raise UserError(f"shard_size is {self.shard_size}; it must be between 1 and {_MOST_IMAGES_A_SHARD} images")
@@ -144,10 +155,17 @@ class BuildSpec:
                 raise UserError(f"max_steps is {self.max_steps}; it must be between n_steps ({self.n_steps}) and 32767")
 
     def to_attributes(self) -> dict[str, Any]:
-        """The spec as JSON-ready attributes of a store's root group, preprocessing flattened into them."""
+        """The spec as JSON-ready attributes of a store's root group, preprocessing flattened into them.
+
+        What is said of imported maps alone is left out of other stores'.
+        """
         flat = dataclasses.asdict(self)
         flat.update(flat.pop("preprocessing"))
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in flat.items()
+            if value is not None or name not in _OF_IMPORTED
+        }
 
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any]) -> BuildSpec:
@@ -171,6 +189,7 @@ class BuildSpec:
         types = get_type_hints(cls) | get_type_hints(Preprocessing)
         parts = [field.name for field in dataclasses.fields(Preprocessing)]
         own = [field.name for field in dataclasses.fields(cls) if field.name != "preprocessing"]
+        own = [name for name in own if name in attributes or name not in _OF_IMPORTED]
         missing = [name for name in [*own, *parts] if name not in attributes]
         if missing:
             raise SettingsMismatchError(
@@ -188,7 +207,8 @@ class BuildSpec:
     def differences(self, other: BuildSpec) -> list[tuple[str, Any, Any]]:
         """(field, value here, value there) for every field in which the two specs differ; empty when equal."""
         here, there = self.to_attributes(), other.to_attributes()
-        return [(name, here[name], there[name]) for name in here if here[name] != there[name]]
+        names = dict.fromkeys((*here, *there))
+        return [(name, here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)]
 
 
 def _is_a(value: object, expected: Any) -> bool:

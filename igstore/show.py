@@ -129,10 +129,10 @@ def _find(source: MaskedImages, ids: Sequence[str]) -> Images:
         if name not in numbers:
             close = [known for known in numbers if name in known][:5] or get_close_matches(name, numbers, 5)
             near = f"; is it {', '.join(close)}?" if close else f"; the first one is {store.image_ids[0]}"
-            raise UserError(f"{source.path} has no image {name!r}{near}")
+            raise UserError(f"{source.where} has no image {name!r}{near}")
         if store.status[numbers[name]] != BUILT:
             why = store.failed.get(name, "run `igstore build` with the store's settings to go on")
-            raise UserError(f"image {name} of {source.path} is not built: {why}")
+            raise UserError(f"image {name} of {source.where} is not built: {why}")
     return np.array([numbers[name] for name in ids])
 
 
@@ -289,10 +289,11 @@ def _wrap(note: str, font: Any, width: int) -> list[str]:
 # The command
 
 
-def _parser() -> cli.Parser:
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser("show", "Draw what the masks do to some images: what is kept, and what is left, for each p.")
     parser.add_argument("store", metavar="STORE", help="a ranked store")
-    parser.add_argument("--image", nargs="+", metavar="ID", help="these images; default: a few, evenly spread")
+    parser.add_argument("--image", nargs="+", metavar="ID", help="these images (default: a few, evenly spread)")
     parser.add_argument("--p", nargs="+", type=float, default=[90, 70, 50, 30], help="percentages, 0 to 100")
     parser.add_argument("--select", default="mass", choices=list(SELECTIONS), help="what p is a percentage of")
     parser.add_argument("--score", default="positive", choices=list(SCORES), help="the ranking to use")
@@ -312,7 +313,8 @@ def _parser() -> cli.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """``igstore show STORE``."""
-    options = vars(_parser().parse_args(argv))
+    parsed, output = parser().parse(argv)
+    options = vars(parsed)
     out = Path(options.pop("out"))
     if out.suffix.lower() != ".png":
         raise UserError(f"out is {out}; it must be a PNG file: {out.with_suffix('.png')}")
@@ -323,7 +325,8 @@ def main(argv: Sequence[str]) -> int:
         files.write_atomically(out, data.getbuffer())
     except OSError as error:
         raise UserError(f"the picture cannot be written to {out}: {error.strerror or error}") from error
-    cli.say(f"{out}: {picture.width}x{picture.height} pixels")
+    size = {"width": picture.width, "height": picture.height}
+    output.summary({"picture": out, **size}, [f"{out}: {picture.width}x{picture.height} pixels"])
     return cli.DONE
 
 

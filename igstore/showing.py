@@ -84,7 +84,7 @@ class ShowingPlan:
         )
         self.labels = store.scalars("label")[self.images]
         if (self.labels == UNKNOWN_LABEL).all():
-            raise UserError(f"no image of {store.root} has a label, so there is no accuracy to measure")
+            raise UserError(f"no image of {store.where} has a label, so there is no accuracy to measure")
 
 
 def show(plans: Sequence[ShowingPlan], *, show_progress: bool) -> list[Shown]:
@@ -134,7 +134,7 @@ def _show(plan: ShowingPlan, networks: dict[Classifier, nn.Module], progress: Pr
 def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells: Sequence[MaskOptions]) -> _Views:
     own = classifier.preprocessing
     inputs = itertools.chain([batch.unmasked(own)], (batch.masked(cell, own) for cell in cells))
-    scores = torch.stack([_scores(network, images, classifier.name) for images in inputs])  # (1 + cell, image, class)
+    scores = torch.stack([scores_of(network, images, classifier.name) for images in inputs])  # (1 + cell, image, class)
     n_classes = scores.shape[2]
     if batch.labels.max() >= n_classes:
         raise UserError(
@@ -153,7 +153,7 @@ def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells:
     )
 
 
-def _scores(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
+def scores_of(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
     """The network's float32 outputs (image, class)."""
     try:
         return logits(network, inputs.contiguous(memory_format=torch.channels_last), len(inputs)).float()
@@ -164,7 +164,7 @@ def _scores(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
 def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -> Pairing:
     spec, versions = store.spec, provenance.versions()["versions"]
     return Pairing(
-        store=store.root.name,
+        store=store.where.rpartition("/")[2],
         store_model=spec.model,
         store_weights=spec.weights,
         store_weights_sha256=spec.weights_sha256,

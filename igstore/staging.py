@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -18,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import StoreNotFoundError
-from igstore.files import PARTIAL, temporaries, write_atomically
+from igstore.files import PARTIAL, is_of_another_machine, temporaries, write_atomically
 from igstore.schema import BuildSpec
 
 Arrays = dict[str, NDArray[Any]]
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+
+_ABANDONED_SECONDS = 3600  # an unfinished file that has not changed for so long is nobody's, whoever is at work
 
 
 def folder(store: Path) -> Path:
@@ -85,20 +88,49 @@ def _digest(spec: BuildSpec, content: bytes) -> bytes:
 
 def discard_units(store: Path, first: int, last: int) -> None:
     """Forget the units of images `first` to `last` (exclusive), which are in a finished shard now."""
-    for path in folder(store).glob("*.npz"):
+    for path in _units(store):
         if path.stem.isdigit() and first <= int(path.stem) < last:
             path.unlink(missing_ok=True)
 
 
+def _units(store: Path) -> list[Path]:
+    # others may remove the folder at any time, which os.walk does not mind
+    return [Path(home, name) for home, _, names in os.walk(folder(store)) for name in names if name.endswith(".npz")]
+
+
 def leftovers(store: Path) -> list[Path]:
     """What interrupted writers left: unfinished files in the store, unfinished stores beside it, the staging folder."""
-    return [*store.rglob(f"*{PARTIAL}"), *temporaries(store), *store.glob("staging")]
+    unfinished = [Path(home, name) for home, _, names in os.walk(store) for name in names if name.endswith(PARTIAL)]
+    return [*unfinished, *temporaries(store), *filter(Path.exists, [folder(store)])]
 
 
-def sweep(store: Path) -> None:
-    """Remove leftovers, but not the staging folder while there are units in it; only when nobody else is at work."""
+def sweep(store: Path, *, is_alone: bool, now: float) -> None:
+    """Remove leftovers, but not the staging folder while there are units in it.
+
+    Parameters
+    ----------
+    store
+        Where the store is.
+    is_alone
+        Whether locks say that nobody else is at work. They may know nothing of other machines, and there may be none:
+        what others may still be writing goes when it has not changed for an hour.
+    now
+        The time, in seconds since 1970, by the clock that the store's files go by.
+    """
     for leftover in leftovers(store):
-        if not leftover.is_dir():
-            leftover.unlink(missing_ok=True)
-        elif not any(leftover.glob("*.npz")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            is_old = now - leftover.stat().st_mtime > _ABANDONED_SECONDS
+        except FileNotFoundError:
+            continue  # somebody else sweeps, too
+        if leftover == folder(store):
+            if not _units(store):
+                shutil.rmtree(leftover, ignore_errors=True)
+        elif is_old or (is_alone and not is_of_another_machine(leftover)):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

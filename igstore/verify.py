@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchErro
 from igstore.integrity import Finding, check_shard
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
-from igstore.reader import ImageArray, RankingReader, Sharded, StoreReader, read_record
-from igstore.store import consolidated, metadata, ranking_metadata, read_json
+from igstore.reader import RankingReader, Sharded, StoreReader
+from igstore.sources import LocalFiles, Source, open_source
+from igstore.store import consolidated, metadata, ranking_metadata
 
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
@@ -70,11 +71,10 @@ def verify_store(
     UserError
         The model, weights or images for `recompute` are not at hand, or not those of the store.
     """
-    root = Path(path)
     try:
-        store = StoreReader(root)
+        store = StoreReader.of(path)
     except (DamagedStoreError, SettingsMismatchError) as error:
-        if isinstance(error, SettingsMismatchError) and not _is_unsealed(root):
+        if isinstance(error, SettingsMismatchError) and not _is_unsealed(open_source(path, cache=None, options=None)):
             raise  # another version's, or nothing of igstore's
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
     again = None
@@ -94,17 +94,27 @@ def verify_store(
             progress.advance(last - first)
     if not findings and not store.attributes.get("complete"):
         findings.append(Finding("does not say yet that the store is complete", _ROOT, is_missing=True))
-    findings += _orphans(store, rankings)
+    if isinstance(store.form.source, LocalFiles):  # nobody else can say which files there are
+        findings += _orphans(store, rankings)
     if again is not None and not findings:
         findings += again.findings()
     return findings
 
 
-def _is_unsealed(root: Path) -> bool:
+def _is_unsealed(source: Source) -> bool:
     """Whether the root's metadata were igstore's, and have changed since."""
-    document = read_json(root / _ROOT)
-    attributes = document.get("attributes") if isinstance(document, dict) else None
+    document = _document(source, _ROOT)
+    attributes = document.get("attributes") if document else None
     return not isinstance(attributes, dict) or ("seal" in attributes and not files.is_sealed(attributes))
+
+
+def _document(source: Source, file: str) -> dict[str, Any] | None:
+    """A JSON object in a file, None where there is none."""
+    try:
+        document = json.loads(source.read(file))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _metadata_findings(store: StoreReader, rankings: Sequence[RankingReader]) -> Iterator[Finding]:
@@ -113,13 +123,22 @@ def _metadata_findings(store: StoreReader, rankings: Sequence[RankingReader]) ->
     for ranking in rankings:
         attributes = ranking_attributes(store.spec, ranking.score, ranking.block)
         expected |= ranking_metadata(
-            store.spec, store.n_images, ranking.name, block=ranking.block, attributes=attributes
+            store.spec,
+            store.n_images,
+            ranking.name,
+            block=ranking.block,
+            attributes=attributes,
+            compress=store.attributes.get("compress"),
         )
+    source = store.form.source
+    documents = {file: _document(source, file) for file in expected}
     for file, content in expected.items():
-        found, right = read_json(store.root / file), json.loads(content)
-        if isinstance(found, dict):
+        found, right = documents[file], json.loads(content)
+        if found is not None:
             copy = found.pop("consolidated_metadata", None)
-            if file == _ROOT and copy != consolidated(store.root):
+            if file == _ROOT and copy != (
+                consolidated(source.root) if isinstance(source, LocalFiles) else _copy_of(documents)
+            ):
                 yield Finding("holds a copy of the others' metadata that differs from them", file)
             if file == _ROOT and found.get("attributes") != right["attributes"]:
                 del found["attributes"], right["attributes"]
@@ -131,6 +150,14 @@ def _metadata_findings(store: StoreReader, rankings: Sequence[RankingReader]) ->
         if problem:
             array = file.removesuffix("zarr.json").rstrip("/")
             yield Finding(f"is not as it was written: {problem}", file, array=array or None)
+
+
+def _copy_of(documents: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """What the root's copy of the others' metadata must be, as `igstore.store.consolidated` has it."""
+    intact = {
+        file.rpartition("/")[0]: found for file, found in documents.items() if file != _ROOT and found is not None
+    }
+    return {"kind": "inline", "must_understand": False, "metadata": intact}
 
 
 def _list_findings(store: StoreReader) -> list[Finding]:
@@ -171,32 +198,32 @@ def _shard_findings(
     ids = list(map(str, range(first, last)) if "image_id" in unreadable else store.image_ids[first:last])
     maps, record = None, {}
     if not findings and unreadable.isdisjoint(store.variables):
-        values, record = _values(store, shard), _record(store, shard)
+        record = _record(store, shard)
+        values = _values(store, shard, record)
         findings = _located(store, shard, check_images(store.spec, values, record, n_classes=_n_classes(store)))
-        maps = None if findings else values["attribution"]
+        maps = None if findings else values.get("attribution")
     for ranking in rankings:
         found = check_shard(ranking, shard)
         sha256 = _record(ranking, shard).get("attribution_sha256") if record and not found else None
         if not found and record and sha256 != store.attribution_sha256(record):
-            file = ranking.record_path(shard).relative_to(ranking.root).as_posix()
+            file = ranking.record_file(shard)
             found = [Finding("is of maps that have been replaced since", file, shard, is_missing=True)]
         if not found and unreadable.isdisjoint(map(ranking.array_path, ranking.variables)):
-            problems = check_ranks(maps, _values(ranking, shard), ids, score=ranking.score, block=ranking.block)
+            problems = check_ranks(
+                maps, _values(ranking, shard, _record(ranking, shard)), ids, score=ranking.score, block=ranking.block
+            )
             found = _located(ranking, shard, problems)
         findings += found
     return findings
 
 
 def _record(group: Sharded, shard: int) -> dict[str, Any]:
-    return read_record(group.record_path(shard), shard, group.shard_files(shard).values()) or {}
+    return group.any_record(shard) or {}
 
 
-def _values(group: Sharded, shard: int) -> dict[str, NDArray[Any]]:
+def _values(group: Sharded, shard: int, record: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """All variables of a shard whose files are what they were."""
-    return {
-        name: ImageArray(group.root, group.array_path(name), is_done=lambda _: True).shard(shard)
-        for name in group.variables
-    }
+    return {name: group.values(name, shard, record) for name in group.variables}
 
 
 def _n_classes(store: StoreReader) -> int:
@@ -206,7 +233,7 @@ def _n_classes(store: StoreReader) -> int:
 
 def _located(group: Sharded, shard: int, problems: Problems) -> list[Finding]:
     """Problems of values as findings, with what to do: their files are what was written, so nothing repairs them."""
-    record = group.record_path(shard).relative_to(group.root).as_posix()
+    record = group.record_file(shard)
     where = group.shard_files(shard)
     return [
         Finding(
@@ -226,7 +253,7 @@ def _orphans(store: StoreReader, rankings: Sequence[RankingReader]) -> list[Find
     for group in groups:
         known |= {f"{group.array_path(name)}/zarr.json" for name in group.variables}
         for shard in range(group.n_shards):
-            known |= {*group.shard_files(shard).values(), group.record_path(shard).relative_to(group.root).as_posix()}
+            known |= {*group.shard_files(shard).values(), group.record_file(shard)}
     known |= {f"ranks/{ranking.name}/zarr.json" for ranking in rankings}
     findings = []
     for folder, folders, names in os.walk(store.root):
@@ -272,18 +299,25 @@ def _few(shards: Sequence[int]) -> str:
     return ", ".join(map(str, shards[:_FEW])) + more
 
 
-def main(argv: Sequence[str]) -> int:
-    """``igstore verify STORE``: status 0 where nothing is wrong, 1 where something is damaged or missing."""
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser("verify", "Check every byte of a store against its records, and what the values mean.")
     parser.add_argument("store", metavar="STORE", help="folder of the store")
     parser.add_argument(
         "--recompute", type=cli.positive, default=0, metavar="K", help="attribute K images again, and compare"
     )
     parser.add_argument("--data", help="for --recompute: the images, where the store has no pixels; as for `build`")
-    parser.add_argument("--weights", help="for --recompute: the file of weights, where it does not come with the model")
+    parser.add_argument(
+        "--weights", metavar="W", help="for --recompute: the file of weights, where it does not come with the model"
+    )
     parser.add_argument("--device", default="auto", help="for --recompute: auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="for --recompute: of the choice of images")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore verify STORE``: status 0 where nothing is wrong, 1 where something is damaged or missing."""
+    options, output = parser().parse(argv)
     findings = verify_store(
         options.store,
         recompute=options.recompute,
@@ -291,9 +325,9 @@ def main(argv: Sequence[str]) -> int:
         weights=options.weights,
         device=options.device,
         seed=options.seed,
-        show_progress=True,
+        show_progress=output.show_progress,
     )
-    cli.say(*describe(options.store, findings))
+    output.result({"store": options.store, "findings": findings}, describe(options.store, findings))
     return cli.FAILED if findings else cli.DONE
 
 

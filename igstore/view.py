@@ -69,7 +69,7 @@ def serve(store: str | os.PathLike[str], *, host: str = "127.0.0.1", port: int =
     SettingsMismatchError
         It is not a store of this format version.
     """
-    root = StoreReader(Path(store).expanduser()).root
+    root = StoreReader(store).root
     if not _is_loopback(host):
         raise UserError(
             f"host is {host}; the page is for this machine alone: 127.0.0.1. To see it from another one, run there "
@@ -112,7 +112,7 @@ def save_page(store: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
     StoreNotFoundError, SettingsMismatchError
         As `serve`.
     """
-    root, folder = StoreReader(Path(store).expanduser()).root, Path(folder).expanduser()
+    root, folder = StoreReader(store).root, Path(folder).expanduser()
     address = quote(Path(os.path.relpath(root.absolute(), folder.absolute())).as_posix()) + "/"
     index = folder / "index.html"
     try:
@@ -307,8 +307,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a line for every part of a file helps nobody."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """``igstore view STORE``."""
+def parser() -> cli.Parser:
+    """The options of the command."""
     parser = cli.Parser(
         "view", "Look at any image of a store and at what any mask leaves of it, in a browser on this machine."
     )
@@ -319,17 +319,24 @@ def main(argv: Sequence[str]) -> int:
         metavar="FOLDER",
         help="write the page as files instead, for a web server with range support that also serves the store",
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore view STORE``."""
+    options, output = parser().parse(argv)
     if options.save is not None:
         address = save_page(options.store, options.save)
-        cli.say(
+        lines = [
             f"{options.save}: the page, which looks for its store at {address} (or at ?store=URL)",
             "serve both with range support: nginx, Caddy and S3 have it, `python -m http.server` has not",
-        )
+        ]
+        output.summary({"page": options.save, "store": address}, lines)
         return cli.DONE
     with serve(options.store, port=options.port) as url:
         try:
-            cli.say(f"{url} shows {options.store} on this machine; Ctrl-C stops it")
+            said = f"{url} shows {options.store} on this machine; Ctrl-C stops it"
+            output.result({"url": url, "store": options.store}, [said])
             sys.stdout.flush()
             threading.Event().wait()
         except KeyboardInterrupt as interruption:  # how a server is meant to end

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -26,8 +25,9 @@ from igstore import layout
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
-from igstore.reader import ImageArray, StoreReader
+from igstore.reader import StoreReader
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
+from igstore.zarr_form import ImageArray
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -46,7 +46,7 @@ def open_store(store: Store) -> xr.Dataset:
     Parameters
     ----------
     store
-        Its path, or a reader of it.
+        Its path or URL, or a `StoreReader`.
 
     Returns
     -------
@@ -61,11 +61,11 @@ def open_store(store: Store) -> xr.Dataset:
     SettingsMismatchError
         It is not a store of this format version.
     """
-    reader = store if isinstance(store, StoreReader) else StoreReader(Path(store).expanduser().absolute())
+    reader = StoreReader.of(store)
     images = np.arange(reader.n_images)
     true_scale = np.where(reader.status == BUILT, reader.scalars("scale"), np.float32(np.nan))
     data = {}
-    for name, variable in layout.variables(reader.spec).items():
+    for name, variable in reader.variables.items():
         if name in _COORDINATES:
             continue
         attributes = {"description": variable.description}
@@ -102,7 +102,7 @@ def masked_view(
     Parameters
     ----------
     store
-        Its path, or a reader of it.
+        Its path or URL, or a `StoreReader`.
     p, keep, select, score, block, fill, order, seed
         As `MaskOptions`. Several values of p become a leading dimension ``p``.
     images
@@ -174,7 +174,7 @@ def _view(
     chunks = _chunks(source.reader, images)
     coordinates = _coordinates(source.reader, images)
     spec = source.reader.spec
-    attributes: dict[str, Any] = {"store": str(source.path), "model": spec.model, "weights": spec.weights}
+    attributes: dict[str, Any] = {"store": source.reader.where, "model": spec.model, "weights": spec.weights}
     used = dataclasses.asdict(cells[0])
     attributes |= {option: used[option] for option in ("p", *options)}
     if not np.ndim(p):

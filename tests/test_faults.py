@@ -347,13 +347,7 @@ def test_a_second_builder_says_what_it_sees_and_harms_nothing(run, store, folder
     assert_undisturbed(store, whole)
 
 
-# known and open: without locks, the first builder to finish sweeps a file that another one is writing, which then stops
-_WITHOUT_LOCKS = pytest.param(
-    ("without_locks", None), marks=pytest.mark.xfail(reason="the other builder may stop with status 1", strict=False)
-)
-
-
-@pytest.mark.parametrize("fault", [None, _WITHOUT_LOCKS], ids=["locks", "a file system without locks"])
+@pytest.mark.parametrize("fault", [None, ("without_locks", None)], ids=["locks", "a file system without locks"])
 @pytest.mark.parametrize("rounds", [1, pytest.param(15, marks=pytest.mark.slow)])
 def test_builders_that_start_together(run, store, folder, whole, fault, rounds):
     for _ in range(rounds):

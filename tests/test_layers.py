@@ -13,26 +13,29 @@ PACKAGE = Path(__file__).resolve().parents[1] / "igstore"
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors schema files progress cli
+errors schema files progress cli commands completion parts
 quadrature blocks masks memory acceleration imagenet images normalisation weights baselines
-models attribution layout
-reader store
+models attribution layout hdf5
+cache sources zarr_form reader store
 contents integrity repair
-staging presence decoding pixels masking
+staging presence decoding pixels masking schedulers
 views dataset batches
-devices provenance attributor shards proportions results tables results_folder
+devices provenance plan attributor shards worker processes cluster proportions results tables results_folder
 info rank recompute verify
-builder build
-showing evaluate show view
-charts findings figures summaries page sections report
+appearing copies hdf5_writer export
+builder hiring forecast build
+showing probability evaluate show view
+charts curves findings figures summaries page sections report
 """.split()
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema files progress cli quadrature blocks masks imagenet images baselines layout reader store
+errors schema files progress cli commands completion parts schedulers build evaluate quadrature blocks masks imagenet images baselines layout
+cache sources zarr_form reader store
 contents integrity repair staging presence decoding pixels masking views info rank verify
+hdf5 appearing copies hdf5_writer export
 show view proportions results tables
-results_folder charts findings figures summaries page sections report
+results_folder charts curves findings figures summaries page sections report
 """.split()
 
 

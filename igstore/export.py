@@ -1,0 +1,141 @@
+"""`igstore export`: a finished store in other forms, for sharing and for other programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from igstore import cli, layout
+from igstore.appearing import appearing
+from igstore.copies import check_finished, write_copy
+from igstore.errors import UserError
+from igstore.hdf5_writer import write_hdf5
+from igstore.progress import Progress
+from igstore.reader import StoreReader
+from igstore.schema import Compress, check_choice
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form that a store can be given.
+
+    Parameters
+    ----------
+    purpose
+        What it is, in a few words.
+    write
+        Called as ``write(store, out, progress=progress, **options)``: a finished store's reader, and a path with
+        nothing at it yet, where it makes a file or a folder; it counts the store's images on `progress`.
+    options
+        Names of the options of `export_store` that it takes; it gets those that were given.
+    """
+
+    purpose: str
+    write: Callable[..., None]
+    options: frozenset[str] = frozenset()
+
+
+def _write_ranks(store: StoreReader, out: Path, *, progress: Progress, compress: Compress | None = None) -> None:
+    if not store.rankings:
+        raise UserError(f"{store.where} has no ranking to export; make one with `igstore rank {store.where}`")
+    write_copy(store, out, omit=layout.OMISSIBLE, compress=compress, progress=progress)
+
+
+FORMATS = {
+    "zarr": Format("a copy of the store", write_copy, frozenset({"compress"})),
+    "ranks": Format("a copy without maps and pixels, to share more widely", _write_ranks, frozenset({"compress"})),
+    "hdf5": Format("one HDF5 file", write_hdf5),
+}
+
+
+def export_store(
+    store: str | os.PathLike[str] | StoreReader,
+    out: str | os.PathLike[str],
+    *,
+    format: str = "zarr",  # noqa: A002
+    compress: Compress | None = None,
+    show_progress: bool = False,
+) -> Path:
+    """Write a finished store in another form. It appears at `out` whole, or not at all.
+
+    Parameters
+    ----------
+    store
+        Its path, its URL or a reader of it, in any form.
+    out
+        The file or folder to make; nothing must be there.
+    format
+        ``"zarr"``, a copy, which is also the way back from HDF5 and from a compressed store; ``"ranks"``, one without
+        maps and pixels, with which whoever has the images can do everything but look at the maps and rank anew;
+        ``"hdf5"``, one file that h5py and xarray read.
+    compress
+        ``"zstd"`` compresses the image-shaped arrays of Zarr formats, one image at a time.
+    show_progress
+        A progress bar on stderr.
+
+    Returns
+    -------
+    Where it is.
+
+    Raises
+    ------
+    UserError
+        The store has unfinished shards or rankings, an option does not go with the format, or `out` cannot be made.
+    StoreExistsError
+        There is something at `out`.
+    DamagedStoreError
+        A shard of the store is not what its record says; nothing damaged is passed on.
+    """
+    check_choice("format", format, FORMATS)
+    given: dict[str, Any] = {"compress": compress}
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen, target = FORMATS[format], Path(out).expanduser()
+    for name in given.keys() - chosen.options:
+        able = [other for other, one in FORMATS.items() if name in one.options]
+        raise UserError(f"{name} does not go with format {format}; it goes with {', '.join(able)}")
+    if compress is not None:
+        check_choice("compress", compress, Compress)
+    reader = StoreReader.of(store)
+    check_finished(reader)
+    with (
+        appearing(target) as making,
+        Progress(reader.n_images, label=f"export {format}", show=show_progress) as progress,
+    ):
+        chosen.write(reader, making, progress=progress, **given)
+    return target
+
+
+def parser() -> cli.Parser:
+    """The options of the command."""
+    parser = cli.Parser("export", "Write a finished store in another form. What is interrupted leaves nothing.")
+    parser.add_argument("store", metavar="STORE", help="path or URL of the store, in any form")
+    parser.add_argument("out", metavar="OUT", help="file or folder to make")
+    purposes = "; ".join(f"{name}, {one.purpose}" for name, one in FORMATS.items())
+    parser.add_argument("--format", default="zarr", choices=list(FORMATS), help=purposes)
+    parser.add_argument(
+        "--compress",
+        choices=cli.choices_of(Compress),
+        help="compress each image's arrays, for stores that are sent far",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore export STORE OUT --format zarr|ranks|hdf5``."""
+    options, output = parser().parse(argv)
+    out = export_store(**vars(options), show_progress=output.show_progress)
+    n_bytes = _size(out)
+    output.summary({"path": out, "format": options.format, "bytes": n_bytes}, [f"{out}: {cli.size(n_bytes)}"])
+    return cli.DONE
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

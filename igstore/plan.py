@@ -1,0 +1,85 @@
+"""A build that has been checked and not begun."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from igstore.errors import UserError
+from igstore.images import ImageList, Split, as_image_list, find_images
+from igstore.models import Classifier, classifier_from_module, load_classifier
+from igstore.schema import UNKNOWN_LABEL, BuildSpec, Preprocessing
+
+
+@dataclass(frozen=True)
+class Build:
+    """The first `n_images` of `images` go into the store at `path`, attributed with `classifier` as `spec` says."""
+
+    classifier: Classifier
+    images: ImageList
+    n_images: int
+    spec: BuildSpec
+    path: Path
+
+
+def plan_build(
+    model: str | Classifier | torch.nn.Module,
+    images: Any,
+    store: str | os.PathLike[str],
+    *,
+    weights: str | None,
+    preprocessing: Preprocessing | None,
+    split: Split,
+    labels: str | os.PathLike[str] | None,
+    limit: int | None,
+    settings: dict[str, Any],
+) -> Build:
+    """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
+    if isinstance(images, (str, os.PathLike)):
+        listed = find_images(images, split=split, labels=labels)
+    elif labels is not None:
+        raise UserError("labels goes with images given as a path; otherwise each image brings its own")
+    else:
+        listed = as_image_list(images)
+    if not len(listed):
+        raise UserError("the list of images is empty")
+    classifier = _classifier(model, weights, preprocessing, listed)
+    spec = BuildSpec(
+        model=classifier.name,
+        weights=classifier.weights,
+        weights_sha256=classifier.weights_sha256,
+        preprocessing=classifier.preprocessing,
+        images_fingerprint=listed.fingerprint,
+        **settings,
+    )
+    chosen = listed.head(limit) if limit is not None else listed
+    if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
+        first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
+        raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
+    return Build(classifier, listed, len(chosen), spec, Path(store))
+
+
+def _classifier(
+    model: str | Classifier | torch.nn.Module,
+    weights: str | None,
+    preprocessing: Preprocessing | None,
+    images: ImageList,
+) -> Classifier:
+    if isinstance(model, str):
+        model = load_classifier(model, weights)
+    elif weights is not None:
+        raise UserError("weights goes with a model given by name; a network brings its own")
+    if isinstance(model, Classifier):
+        return model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a torch.nn.Module")
+    if preprocessing is None:
+        width, height = images.read(0).size
+        preprocessing = Preprocessing(resize=None, crop=(height, width), mean=(0, 0, 0), std=(1, 1, 1))
+    return classifier_from_module(model, preprocessing=preprocessing)

@@ -1,0 +1,215 @@
+"""The command line as a whole: every command takes the same options, prints where it should, and says what it takes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from stores import make_store
+
+from igstore import cli
+from igstore.__main__ import main
+from igstore.commands import COMMANDS, module_of
+from igstore.completion import whole_parser
+from igstore.progress import Progress
+
+NETWORK = "networks:Smooth"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with photographs, a ranked store, and an evaluation of it."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "photographs").mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photographs" / f"{index}.png")
+    (folder / "labels.csv").write_text("file,class_index\n0.png,1\n1.png,2\n")
+    make_store(folder / "toy.zarr", 6, size=(24, 24))
+    evaluation = [
+        "evaluate",
+        str(folder / "toy.zarr"),
+        "--models",
+        NETWORK,
+        "--p",
+        "50",
+        "--out",
+        str(folder / "found"),
+    ]
+    assert main([*evaluation, "--quiet"]) == cli.DONE
+    return folder
+
+
+# For every command: arguments that make it finish in `place`, and a key of the JSON that it then prints.
+ARGUMENTS = {
+    "build": (["--model", NETWORK, "--data", "photographs", "--crop", "24", "--n-steps", "2"], "n_built"),
+    "rank": (["toy.zarr", "--score", "absolute"], "ranked"),
+    "evaluate": (["toy.zarr", "--models", NETWORK, "--p", "50"], "rows"),
+    "report": (["found", "--out", "page.html"], "page"),
+    "info": (["toy.zarr"], "n_images"),
+    "show": (["toy.zarr", "--p", "50"], "picture"),
+    "view": (["toy.zarr", "--save", "page"], "page"),
+    "verify": (["toy.zarr"], "findings"),
+    "completion": (["bash"], "script"),
+}
+
+STATUS = {"verify": cli.FAILED}  # the toy's outputs are made up, and so not those that its maps add up to
+
+WITH_RESULT = {"evaluate", "info", "verify", "completion"}  # the others make files, and are silent about it when quiet
+
+
+@pytest.fixture
+def here(place, tmp_path, monkeypatch):
+    """The current folder is a copy of `place`."""
+    folder = shutil.copytree(place, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    yield folder
+    logging.getLogger("igstore").setLevel(logging.NOTSET)
+
+
+def test_every_command_is_tried():
+    assert sorted(ARGUMENTS) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_is_all_there_is_on_stdout(command, here, capsys):
+    arguments, key = ARGUMENTS[command]
+    assert main([command, *arguments, "--json"]) == STATUS.get(command, cli.DONE)
+    printed = capsys.readouterr().out
+    assert key in json.loads(printed)
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quiet_prints_the_result_and_nothing_else(command, here, capsys):
+    assert main([command, *ARGUMENTS[command][0], "--quiet"]) == STATUS.get(command, cli.DONE)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert bool(printed.out) == (command in WITH_RESULT)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_them_it_says_what_it_did(command, here, capsys):
+    assert main([command, *ARGUMENTS[command][0]]) == STATUS.get(command, cli.DONE)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    parser = module_of(command).parser()
+    said = " ".join(parser.format_help().split())
+    assert said.startswith(f"usage: igstore {command} ")
+    assert "--quiet" in said
+    assert "--json" in said
+    for nothing in ("None", "True", "False", "[]", "==SUPPRESS=="):
+        assert f"default: {nothing}" not in said
+    assert all(action.help for action in parser._actions)
+
+
+def test_an_option_is_the_same_in_all_commands():
+    found: dict[str, dict[str, tuple]] = {}
+    for command in COMMANDS:
+        for action in module_of(command).parser()._actions:
+            for option in action.option_strings:
+                form = (type(action).__name__, action.metavar, getattr(action.type, "__name__", None))
+                found.setdefault(option, {})[command] = form
+    free = {
+        "--out",
+        "--keep",
+        "--data",
+        "--batch-size",
+        "--block",
+    }  # of a command's own kind: a picture, a page, a folder
+    different = {
+        option: forms for option, forms in found.items() if option not in free and len(set(forms.values())) > 1
+    }
+    assert not different
+
+
+def test_the_table_of_contents_names_every_command(capsys):
+    assert main(["--help"]) == cli.DONE
+    lines = capsys.readouterr().out.splitlines()
+    for command, purpose in COMMANDS.items():
+        assert any(line.split() == [command, *purpose.split()] for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_parsers_need_no_torch():
+    script = (
+        "import sys\n"
+        "from igstore.completion import whole_parser\n"
+        "whole_parser()\n"
+        "sys.exit(','.join(name for name in ('torch', 'torchvision', 'matplotlib') if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_whole_parser_takes_what_the_commands_take():
+    whole = whole_parser()
+    for command, (arguments, _) in ARGUMENTS.items():
+        assert isinstance(whole.parse_args([command, *arguments]), argparse.Namespace)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["igstore", "eva"], ["evaluate"]),
+        (["igstore", "show", "--fi"], ["--fill"]),
+        (["igstore", "show", "--select", "m"], ["mass"]),
+        (["igstore", "info", "toy"], ["toy.zarr"]),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_bash_completes(words, completed, here):
+    pytest.importorskip("shtab")
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    done = subprocess.run([sys.executable, "-m", "igstore", "completion", "bash"], capture_output=True, check=True)
+    (here / "igstore.bash").write_bytes(done.stdout)
+    script = f"""
+        source ./igstore.bash
+        COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
+        $(complete -p igstore | sed 's/.*-F \\([^ ]*\\).*/\\1/') igstore {words[-1]} {words[-2]}
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=here, check=False)
+    assert done.stdout.split() == completed, done.stderr
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == cli.MISUSED
+    assert "igstore[completion]" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_line_and_no_json(capsys):
+    assert main(["info", "nothing.zarr", "--json"]) == cli.MISUSED
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+
+
+def test_json_has_no_numbers_that_json_has_not(capsys):
+    cli.Output(json=True).result({"error": float("inf"), "path": Path("a"), "pair": (1, 2.5)}, [])
+    assert json.loads(capsys.readouterr().out) == {"error": None, "path": "a", "pair": [1, 2.5]}
+
+
+def test_progress_in_a_log_file_is_whole_lines(monkeypatch):
+    log = io.StringIO()  # not a terminal
+    monkeypatch.setattr(sys, "stderr", log)
+    with Progress(3, label="work") as progress:
+        for _ in range(3):
+            progress.advance(1)
+    assert "\r" not in log.getvalue()
+    assert "\x1b" not in log.getvalue()
+    assert [line.partition(",")[0] for line in log.getvalue().splitlines()] == ["work: 3/3 images"]

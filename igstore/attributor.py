@@ -67,7 +67,7 @@ class Attributor:
     def __init__(
         self, classifier: Classifier, spec: BuildSpec, *, device: torch.device, batch_size: int | None = None
     ) -> None:
-        self._check_method(spec)
+        self.check_method(spec)
         self.spec = spec
         self.device = device
         self._may_shrink = batch_size is None
@@ -80,8 +80,9 @@ class Attributor:
             if self._may_shrink:
                 self.batch_size = _fitting_batch(self.network, probe)
 
-    def _check_method(self, spec: BuildSpec) -> None:
-        rule(spec.method, spec.n_steps)  # raises where it does not exist with so few
+    def check_method(self, spec: BuildSpec) -> None:
+        """Raise `UserError` unless the spec's method exists, with so many steps."""
+        rule(spec.method, spec.n_steps)
 
     def check_labels(self, labels: NDArray[np.int16], image_ids: Sequence[str]) -> None:
         """Raise `UserError`, naming the image, unless all labels, int16 (image,), are the network's classes or -1."""
@@ -208,7 +209,7 @@ class Attributor:
         prediction = scores.argmax(dim=1)
         label = torch.as_tensor(labels.astype(np.int64), device=self.device)
         target = label if spec.target == "label" else prediction
-        found = self._maps(x, self._normalise(baselines), target, image_ids)
+        found = self.explain(x, self._normalise(baselines), target, image_ids)
         _check_same(select_output(scores, target, spec.output), found.output, image_ids)
         maps = found.maps.contiguous().cpu().numpy()
         finite = np.isfinite(maps).reshape(len(maps), -1).all(axis=1)
@@ -229,7 +230,7 @@ class Attributor:
             "in_top5": (top5 == label[:, None]).any(dim=1).cpu().numpy(),
         }
 
-    def _maps(
+    def explain(
         self, x: torch.Tensor, baselines: torch.Tensor, targets: torch.Tensor, image_ids: Sequence[str]
     ) -> Attributions:
         """The maps of a few normalised images (image, 3, y, x), and the network's outputs for their targets."""
@@ -239,7 +240,7 @@ class Attributor:
             x,
             baselines,
             targets,
-            method=spec.method,
+            method=spec.method,  # type: ignore[arg-type]  # one of its rules, as `check_method` saw
             n_steps=spec.n_steps,
             output=spec.output,
             reduce=spec.reduce,

@@ -59,6 +59,10 @@ class MaskedBatches:
     ------
     UserError
         As `MaskedImageNet`.
+
+    >>> cell = MaskOptions(p=50, keep="top")
+    >>> [tuple(batch.masked(cell).shape) for batch in MaskedBatches("toy.zarr", [cell], batch_size=3)]
+    [(3, 3, 24, 24), (1, 3, 24, 24)]
     """
 
     def __init__(

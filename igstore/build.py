@@ -119,6 +119,13 @@ def build_store(
         A setting is wrong, the store was made with other settings, or something else is in its place.
     ModelError
         The network is not a classifier of such images.
+
+    >>> import numpy as np, torch
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5))
+    >>> images = [("grey", np.full((8, 8, 3), 128, np.uint8), 3), ("unknown", np.full((8, 8, 3), 200, np.uint8), None)]
+    >>> info = build_store(network, images, "own.zarr", n_steps=10)
+    >>> info.n_built, info.n_labelled
+    (2, 1)
     """
     from igstore.builder import run_build
     from igstore.hiring import choose_workers

@@ -66,16 +66,13 @@ def run_build(
         with hire(build) as workers:
             _make_room(build, overwrite=overwrite)
             _attribute(build, workers, part, show_progress=show_progress)
-    is_complete = StoreReader(build.path).is_complete
-    if is_complete:
-        _finish(build, time.monotonic() - started)
-    if staging.leftovers(build.path):
+    seconds = time.monotonic() - started
+    if staging.leftovers(build.path) or not StoreReader(build.path).attributes["complete"]:
         with at_work(build.path) as presence:
-            if is_complete:
-                staging.discard_units(build.path, 0, len(build.images))  # that others kept of a shard that we finished
+            _conclude(build, seconds, rank=rank, scheduler=scheduler, show_progress=show_progress)
             presence.sweep()
-    if is_complete and rank and build.spec.reduce != "none":
-        _rank(build, scheduler, show_progress=show_progress)
+    else:  # it may be where nothing can be written
+        _conclude(build, seconds, rank=rank, scheduler=scheduler, show_progress=show_progress)
 
 
 def begun_store(build: Build) -> StoreReader | None:
@@ -181,26 +178,24 @@ def _reporting_to(progress: Progress) -> Report:
     return report
 
 
-def _finish(build: Build, seconds: float) -> None:
-    """Say in a store whose shards are all finished that they are; doing it twice is harmless."""
+def _conclude(build: Build, seconds: float, *, rank: bool, scheduler: str | None, show_progress: bool) -> None:
+    """If all shards are finished, say so in the store, and rank it; doing it twice is harmless."""
     store = StoreReader(build.path)
-    if store.attributes["complete"]:
+    if not store.is_complete:
         return
-    devices = {record["device"] for record in store.records.values() if "device" in record}
-    finish_store(
-        build.path,
-        {
+    staging.discard_units(build.path, 0, store.n_images)  # that somebody else kept of a shard that we finished
+    if not store.attributes["complete"]:
+        devices = {record["device"] for record in store.records.values() if "device" in record}
+        attributes = {
             "complete": True,
             "device": ", ".join(sorted(devices)),
             "wall_seconds": round(store.attributes["wall_seconds"] + seconds, 1),
             **provenance.versions(),
-        },
-    )
-
-
-def _rank(build: Build, scheduler: str | None, *, show_progress: bool) -> None:
-    try:
-        rank_store(build.path, scheduler=scheduler, show_progress=show_progress)
-    except UnfinishedShardError as error:
-        # Without locks, two may write a shard at once. The last to have written it finds all shards done, and ranks.
-        logger.warning("%s: left to whoever writes it", error)
+        }
+        finish_store(build.path, attributes)
+    if rank and build.spec.reduce != "none":
+        try:
+            rank_store(build.path, scheduler=scheduler, show_progress=show_progress)
+        except UnfinishedShardError as error:
+            # without locks, two may write a shard at once; the last to have done so finds all shards done, and ranks
+            logger.warning("%s: left to whoever writes it", error)

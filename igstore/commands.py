@@ -8,6 +8,7 @@ from types import ModuleType
 SECTIONS = {
     "make a store": {
         "build": "attribute images with Integrated Gradients, into a store",
+        "import": "make a store of maps that were made elsewhere",
         "rank": "rank the blocks of a store's maps",
     },
     "measure with it": {
@@ -23,6 +24,7 @@ SECTIONS = {
     "keep and share it": {
         "verify": "check every byte of a store, and what it means",
         "export": "write a store in another form: thin, compressed, HDF5",
+        "merge": "make one store out of parts that were built in different places",
     },
     "your shell": {
         "completion": "print a script with which your shell completes all this",

@@ -260,7 +260,7 @@ def parser() -> cli.Parser:
         "on, and comes when they are inserted, against a random order.",
     )
     parser.add_argument("store", metavar="STORE", help="a ranked store")
-    parser.add_argument("--model", metavar="NAME", help="who is shown the images; default: the store's own model")
+    parser.add_argument("--model", metavar="NAME", help="who is shown the images (default: the store's own model)")
     parser.add_argument("--weights", metavar="W", help="as igstore build takes them")
     parser.add_argument("--steps", type=cli.positive, default=50, metavar="N", help="in which all blocks are changed")
     parser.add_argument("--deletion-fill", default="mean", choices=list(FILLS), help="what a deleted pixel becomes")

@@ -61,6 +61,13 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         A value is not allowed, or there is no such store, ranking or pixels; the message says what to run.
     SettingsMismatchError
         `images` are others than the store's, or resized or cropped in another way.
+
+    >>> dataset = MaskedImageNet("toy.zarr", p=50, keep="bottom", return_mask=True)
+    >>> image, label, mask = dataset[3]
+    >>> tuple(image.shape), label, tuple(mask.shape)
+    ((3, 24, 24), 3, (24, 24))
+    >>> len(MaskedImageNet("toy.zarr", where=[True, False, False, True]))
+    2
     """
 
     def __init__(

@@ -14,7 +14,11 @@ class IgstoreError(Exception):
 
 
 class UserError(IgstoreError, ValueError):
-    """Something that was asked for is wrong or refused; nothing was changed."""
+    """Something that was asked for is wrong or refused; nothing was changed.
+
+    >>> issubclass(UserError, ValueError), UserError.exit_status
+    (True, 2)
+    """
 
     exit_status = 2
 

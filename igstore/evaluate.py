@@ -108,6 +108,10 @@ def evaluate(
         A store's own model cannot be loaded with the weights that made the store.
     ModelError
         A network does not classify such images.
+
+    >>> found = evaluate("toy.zarr", p=[90, 50], keep="top", order="attribution")
+    >>> [(row.p, row.n) for row in found.rows]
+    [(90.0, 4), (50.0, 4)]
     """
     from igstore.devices import find_device
     from igstore.showing import ShowingPlan, show

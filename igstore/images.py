@@ -28,7 +28,7 @@ from igstore.errors import IgstoreError, ImageError, UserError
 from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
 from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice
 
-__all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "prepare", "synsets"]
+__all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
 
 _MAX_LABEL = np.iinfo(np.int16).max
 
@@ -154,6 +154,10 @@ def find_images(
         Nothing there; the message says how to lay ImageNet out.
     UserError
         A folder that is no wnid, a CSV or devkit that does not fit the images, a damaged tar.
+
+    >>> images = find_images("photographs")
+    >>> images.ids, images.labels.tolist()
+    (('cat', 'dog'), [281, 248])
     """
     check_choice("split", split, Split)
     layout = locate(Path(data).expanduser(), split)
@@ -348,13 +352,24 @@ def _make_list(
         raise UserError(f"a label is {too_far}; labels are class indices from 0 to {_MAX_LABEL}, or None where unknown")
     sorted_labels = np.array(labels, dtype=np.int16)[order]
     sorted_labels.flags.writeable = False
+    return ImageList(sorted_ids, sorted_labels, fingerprint(sorted_ids, sorted_labels), class_names, wnids, read, order)
+
+
+def fingerprint(ids: Sequence[str], labels: npt.NDArray[np.int16]) -> str:
+    """The fingerprint of a whole list: sha256 in hexadecimal over its sorted ids and their labels.
+
+    Raises
+    ------
+    UserError
+        An id is not valid Unicode.
+    """
     digest = hashlib.sha256()
-    for image_id, label in zip(sorted_ids, sorted_labels.tolist(), strict=True):
+    for image_id, label in zip(ids, labels.tolist(), strict=True):
         try:
             digest.update(f"{len(image_id)} {image_id} {label}\n".encode())  # the length keeps odd ids apart
         except UnicodeEncodeError:
             raise UserError(f"the image id {image_id!r} is not valid Unicode; rename the file") from None
-    return ImageList(sorted_ids, sorted_labels, digest.hexdigest(), class_names, wnids, read, order)
+    return digest.hexdigest()
 
 
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:

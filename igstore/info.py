@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from igstore import cli
 from igstore.reader import StoreReader
-from igstore.schema import BUILT, UNKNOWN_LABEL
+from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL
 
 _FEW = 10  # names listed before "and so on"
 
@@ -33,7 +33,8 @@ class StoreInfo:
         Numbers of the shards that are not finished.
     n_labelled, top1, top5
         Built images with a label, and the share of them, in percent, whose label is the model's first, or among its
-        first five, on the unmasked image; None where there is none.
+        first five, on the unmasked image; None where there is none. The second is also None where a merge has mixed
+        shards, whose records count such images.
     completeness_median, completeness_p90, within_5_percent
         Of the built images' completeness errors: median, 90th percentile, and percent of images at 0.05 or below.
     n_steps_mean, evaluations
@@ -44,6 +45,8 @@ class StoreInfo:
         Time spent attributing, and what on.
     rankings
         Finished shards of each ranking, by name.
+    omitted
+        Variables that an export left out.
     """
 
     path: str
@@ -68,6 +71,7 @@ class StoreInfo:
     wall_seconds: float
     devices: list[str]
     rankings: dict[str, int]
+    omitted: tuple[str, ...]
 
     @property
     def is_complete(self) -> bool:
@@ -78,12 +82,21 @@ class StoreInfo:
 def store_info(path: str | os.PathLike[str]) -> StoreInfo:
     """Read a store's figures; needs neither torch nor the maps.
 
+    Parameters
+    ----------
+    path
+        Folder or URL of the store.
+
     Raises
     ------
     StoreNotFoundError
         There is no store at `path`.
     SettingsMismatchError
         It is not a store of this format version.
+
+    >>> info = store_info("toy.zarr")
+    >>> info.n_built, info.is_complete, sorted(info.rankings)
+    (4, True, ['positive-3'])
     """
     store = StoreReader.of(path)
     records = [store.records[shard] for shard in sorted(store.records)]
@@ -94,6 +107,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
     correct = store.scalars("prediction")[labelled] == store.scalars("label")[labelled]
     errors = store.scalars("completeness_error")[built]
     failed = store.failed
+    in_top5 = [record["in_top5"] for record in records if "in_top5" in record]
     ranked = [record for of_ranking in rankings.values() for record in of_ranking.values()]
     return StoreInfo(
         path=str(path),
@@ -108,7 +122,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
         missing_shards=store.missing_shards,
         n_labelled=n_labelled,
         top1=_percent(correct),
-        top5=100 * sum(record.get("in_top5", 0) for record in records) / n_labelled if n_labelled else None,
+        top5=100 * sum(in_top5) / n_labelled if n_labelled and len(in_top5) == len(records) else None,
         completeness_median=float(np.median(errors)) if len(errors) else None,
         completeness_p90=float(np.quantile(errors, 0.9, method="higher")) if len(errors) else None,
         within_5_percent=_percent(errors <= 0.05),
@@ -118,6 +132,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
         wall_seconds=sum(record.get("seconds", 0) for record in records),
         devices=sorted({record["device"] for record in records if "device" in record}),
         rankings={name: len(of_ranking) for name, of_ranking in rankings.items()},
+        omitted=store.omitted,
     )
 
 
@@ -132,19 +147,21 @@ def describe(info: StoreInfo) -> list[str]:
     steps = f"{settings['n_steps']} steps"
     if settings["max_error"] is not None:
         steps += f", doubled up to {settings['max_steps']} while the completeness error exceeds {settings['max_error']}"
+    made = f"{settings['method']}, {steps}"
+    if settings["method"] == IMPORTED:
+        made = f"imported, made by {settings['maps_by']} (sha256 {settings['maps_sha256'][:12]})"
     lines = [
         f"store        {info.path}",
         f"model        {settings['model']}, weights {settings['weights']} (sha256 {settings['weights_sha256'][:12]})",
         f"input        resize {settings['resize']}, crop {height}x{width}, {settings['interpolation']}",
-        f"attribution  {settings['method']}, {steps}, baseline {settings['baseline']}, target {settings['target']}, "
+        f"attribution  {made}, baseline {settings['baseline']}, target {settings['target']}, "
         f"output {settings['output']}, reduce {settings['reduce']}, {settings['precision']}",
         f"images       {info.n_images}: {info.n_built} built, {info.n_failed} failed, {info.n_missing} missing; "
         f"{info.n_shards} shard{'s' * (info.n_shards != 1)}",
     ]
-    if info.top1 is not None and info.top5 is not None:
-        lines.append(
-            f"unmasked     top-1 {info.top1:.2f}%, top-5 {info.top5:.2f}% of {info.n_labelled} labelled images"
-        )
+    if info.top1 is not None:
+        top5 = "not known" if info.top5 is None else f"{info.top5:.2f}%"
+        lines.append(f"unmasked     top-1 {info.top1:.2f}%, top-5 {top5} of {info.n_labelled} labelled images")
     if info.completeness_median is not None:
         lines.append(
             f"completeness median error {info.completeness_median:.3f}, 90% below {info.completeness_p90:.3f}; "
@@ -154,9 +171,11 @@ def describe(info: StoreInfo) -> list[str]:
             f"work         {info.evaluations} gradient evaluations, {info.n_steps_mean:.1f} an image, "
             f"{cli.duration(info.wall_seconds)} on {', '.join(info.devices)}"
         )
-        pixels = "with pixels" if settings["pixels"] else "without pixels"
+        pixels = "with pixels" if settings["pixels"] and "pixels" not in info.omitted else "without pixels"
         each = cli.size(info.n_bytes / (info.n_built + info.n_failed))
         lines.append(f"size         {cli.size(info.n_bytes)}, {each} an image {pixels}")
+    if info.omitted:
+        lines.append(f"left out     {', '.join(info.omitted)}")
     ranked = [
         name if shards == info.n_shards else f"{name} ({shards} of {info.n_shards} shards)"
         for name, shards in info.rankings.items()

@@ -141,6 +141,18 @@ def record_file(shard: int, ranking: str | None = None) -> str:
     return f"records/{ranking}/{shard:05d}.json" if ranking else f"records/{shard:05d}.json"
 
 
+def parse_record_file(file: str) -> tuple[str | None, int]:
+    """The ranking, None for the build, and the shard that `record_file` named a file for."""
+    *_, ranking, name = file.split("/")
+    return None if ranking == "records" else ranking, int(name.removesuffix(".json"))
+
+
+def parse_shard_file(file: str) -> tuple[str, int]:
+    """The array and the shard that `shard_file` named a file for."""
+    array, _, chunk = file.rpartition("/c/")
+    return array, int(chunk.partition("/")[0])
+
+
 def ranking_name(score: str, block: int) -> str:
     """The name of a ranking: ``positive-3``.
 

@@ -51,6 +51,13 @@ class MaskOptions:
     ------
     UserError
         A value is not allowed; the message names those that are.
+
+    >>> MaskOptions(p=30, keep="top").ranking
+    'positive-3'
+    >>> MaskOptions(p=300)
+    Traceback (most recent call last):
+        ...
+    igstore.errors.UserError: p is 300; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half
     """
 
     p: float = 50.0

@@ -91,6 +91,10 @@ def load_classifier(
         Nothing is known by that name, or the weights do not fit it.
     WeightsNotFoundError
         The weights are neither on this machine nor to be downloaded.
+
+    >>> found = load_classifier("squeezenet1_1", "random:0")
+    >>> found.preprocessing.resize, found.preprocessing.crop
+    (256, (224, 224))
     """
     wanted = None if weights is None else os.fspath(weights)
     found = (source(name, wanted) for _, source in _SOURCES)
@@ -130,6 +134,11 @@ def classifier_from_module(
     ------
     UserError
         It is not a `torch.nn.Module`.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    >>> found = classifier_from_module(network, preprocessing=Preprocessing(resize=None, crop=(8, 8)), name="line")
+    >>> found.name, found.weights
+    ('line', 'own')
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from igstore import hdf5
 from igstore.errors import ImageError, SettingsMismatchError, UserError
 from igstore.images import ImageList, as_image_list, find_images, prepare
-from igstore.reader import StoreReader
+from igstore.reader import Form, StoreReader
 from igstore.schema import BUILT, Preprocessing
 from igstore.sources import is_url
-from igstore.zarr_form import ZarrForm
 
 # What decides the pixels of an image; mean and std only come after them.
 _CROP_FIELDS = ("resize", "crop", "interpolation")
@@ -47,7 +47,7 @@ class PreparedImages:
         return pixels
 
 
-def find_pixels(images: Any) -> ZarrForm | ImageList | None:
+def find_pixels(images: Any) -> Form | ImageList | None:
     """What a user gave as `images`, looked up once: a store, a list of images, or None for nothing given.
 
     Parameters
@@ -65,13 +65,14 @@ def find_pixels(images: Any) -> ZarrForm | ImageList | None:
     if isinstance(images, StoreReader):
         return images.form
     if isinstance(images, str | os.PathLike):
-        if is_url(images) or Path(images).expanduser().joinpath("zarr.json").exists():
+        path = Path(images).expanduser()
+        if is_url(images) or (path / "zarr.json").exists() or path.suffix in hdf5.SUFFIXES:
             return StoreReader(images).form
-        return find_images(Path(images).expanduser().absolute())
+        return find_images(path.absolute())
     return as_image_list(images)
 
 
-def open_pixels(store: StoreReader, images: ZarrForm | ImageList | None) -> PixelSource:
+def open_pixels(store: StoreReader, images: Form | ImageList | None) -> PixelSource:
     """The pixels of a store's images, from what `find_pixels` found.
 
     Raises

@@ -41,15 +41,8 @@ def plan_build(
     settings: dict[str, Any],
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
-    if isinstance(images, (str, os.PathLike)):
-        listed = find_images(images, split=split, labels=labels)
-    elif labels is not None:
-        raise UserError("labels goes with images given as a path; otherwise each image brings its own")
-    else:
-        listed = as_image_list(images)
-    if not len(listed):
-        raise UserError("the list of images is empty")
-    classifier = _classifier(model, weights, preprocessing, listed)
+    listed = listed_images(images, split=split, labels=labels)
+    classifier = chosen_classifier(model, weights, preprocessing, listed)
     spec = BuildSpec(
         model=classifier.name,
         weights=classifier.weights,
@@ -65,12 +58,26 @@ def plan_build(
     return Build(classifier, listed, len(chosen), spec, Path(store))
 
 
-def _classifier(
+def listed_images(images: Any, *, split: Split, labels: str | os.PathLike[str] | None) -> ImageList:
+    """The images that a user means; parameters as `build_store`."""
+    if isinstance(images, (str, os.PathLike)):
+        listed = find_images(images, split=split, labels=labels)
+    elif labels is not None:
+        raise UserError("labels goes with images given as a path; otherwise each image brings its own")
+    else:
+        listed = as_image_list(images)
+    if not len(listed):
+        raise UserError("the list of images is empty")
+    return listed
+
+
+def chosen_classifier(
     model: str | Classifier | torch.nn.Module,
     weights: str | None,
     preprocessing: Preprocessing | None,
     images: ImageList,
 ) -> Classifier:
+    """The model that a user means; parameters as `build_store`."""
     if isinstance(model, str):
         model = load_classifier(model, weights)
     elif weights is not None:

@@ -85,6 +85,10 @@ def rank_store(
         There is no store, none of its shards is finished, the score or block is not allowed, or no scheduler answers.
     DamagedStoreError
         A shard's file contradicts the layout, or a map is not finite.
+
+    >>> summary = rank_store("toy.zarr", score="absolute", block=4)
+    >>> summary.name, summary.ranked
+    ('absolute-4', 4)
     """
     block = check_block(block)
     name = layout.ranking_name(score, block)
@@ -100,17 +104,20 @@ def rank_store(
     ranked = sum(sizes[shard] for shard in shards)
     unchanged = sum(sizes.values()) - ranked
     with _client(scheduler) as client:
-        create_ranking(reader.root, name, block=block, attributes=ranking_attributes(reader.spec, score, block))
+        attributes = ranking_attributes(reader.spec, score, block)
         if shards:
             with (
                 at_work(reader.root) as presence,
                 Progress(ranked + unchanged, done=unchanged, label=name, show=show_progress) as progress,
             ):
+                create_ranking(reader.root, name, block=block, attributes=attributes)
                 # workers may have another working folder
                 root = str(reader.root.absolute())
                 tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
                 _compute(tasks, client, progress.advance)
                 presence.sweep()
+        else:  # where nothing may be written, nothing need be
+            create_ranking(reader.root, name, block=block, attributes=attributes)
     return RankingSummary(name, ranked, unchanged, tuple(reader.missing_shards))
 
 

@@ -18,13 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import layout
+from igstore.arrays import ImageArray
 from igstore.blocks import block_grid
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
+from igstore.hdf5_form import Hdf5Form
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec
 from igstore.sources import LocalFiles, open_source
-from igstore.zarr_form import ImageArray, ZarrForm
+from igstore.zarr_form import ZarrForm
 
-Location = str | os.PathLike[str] | ZarrForm
+Form = ZarrForm | Hdf5Form
+Location = str | os.PathLike[str] | Form
 
 
 class Sharded:
@@ -44,7 +47,7 @@ class Sharded:
 
     def __init__(
         self,
-        form: ZarrForm,
+        form: Form,
         *,
         ranking: str | None,
         n_images: int,
@@ -70,10 +73,12 @@ class Sharded:
         UserError
             It is not in a folder of this machine.
         """
-        source = self.form.source
-        if not isinstance(source, LocalFiles):
-            raise UserError(f"{self.where} is not a folder of this machine, which this needs; copy the store to one")
-        return source.root
+        if isinstance(self.form, ZarrForm) and isinstance(self.form.source, LocalFiles):
+            return self.form.source.root
+        raise UserError(
+            f"{self.where} is not a folder of this machine, which this needs; `igstore export {self.where} FOLDER` "
+            "makes one"
+        )
 
     @property
     def n_shards(self) -> int:
@@ -236,7 +241,8 @@ class StoreReader(Sharded):
     Parameters
     ----------
     store
-        The store's folder, or its URL: ``s3://``, ``http(s)://``, ``file://`` or any other of fsspec's protocols.
+        The store's folder, its HDF5 file, or the URL of its folder: ``s3://``, ``http(s)://``, ``file://`` or any other
+        of fsspec's protocols.
     cache
         Of a store behind a URL: keep every shard that is read, whole and checked against its record, in this folder,
         and read it from there, now and the next time. Default: the environment's ``IGSTORE_CACHE``; without either,
@@ -272,8 +278,12 @@ class StoreReader(Sharded):
         cache: str | os.PathLike[str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(store, ZarrForm):
-            store = ZarrForm(open_source(store, cache=cache, options=storage_options))
+        if not isinstance(store, Form):
+            source = open_source(store, cache=cache, options=storage_options)
+            if isinstance(source, LocalFiles) and source.root.is_file():
+                store = Hdf5Form(source.root)
+            else:
+                store = ZarrForm(source)
         self.attributes = store.attributes()
         self.spec = BuildSpec.from_attributes(self.attributes)
         for name in ("class_names", "wnids"):
@@ -377,7 +387,7 @@ def _omitted(where: str, names: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_listed(form: ZarrForm, n_images: object, shard_size: int) -> int:
+def _check_listed(form: Form, n_images: object, shard_size: int) -> int:
     """The number of images that a store says it lists, if it has as many labels.
 
     Memory for whatever there is one of an image is bounded by it, and so by what is there.

@@ -16,7 +16,7 @@ from igstore.integrity import Finding
 from igstore.models import Classifier, load_classifier
 from igstore.pixels import find_pixels, open_pixels
 from igstore.reader import StoreReader
-from igstore.schema import BUILT, BuildSpec
+from igstore.schema import BUILT, IMPORTED, BuildSpec
 
 _BATCH = 16  # images in memory at a time
 _LEAST_IOU = 0.99  # other batches, threads or devices of one precision stay above it
@@ -35,6 +35,11 @@ class Recomputation:
         if seed < 0:
             raise UserError(f"seed is {seed}; it must be at least 0")
         store.array("attribution")  # raises where a thin copy leaves it out
+        if store.spec.method == IMPORTED:
+            raise UserError(
+                f"the maps of {store.where} were made by {store.spec.maps_by}, and imported: igstore cannot make them "
+                "again; leave --recompute out"
+            )
         built = np.flatnonzero(store.status == BUILT)
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from igstore import files
-from igstore.errors import SettingsMismatchError
+from igstore.errors import SettingsMismatchError, UserError
 from igstore.images import ImageList
 from igstore.integrity import withdraw_damaged
 from igstore.parts import Part
@@ -43,6 +43,11 @@ def repair_store(
         Those that a new store is given, in case its own are damaged.
     part
         Whose shards to check.
+
+    Raises
+    ------
+    UserError
+        It is a thin copy of such a store.
     """
     root = read_json(path / "zarr.json")
     own = root.get("attributes") if isinstance(root, dict) else None
@@ -53,6 +58,8 @@ def repair_store(
                 return
         except SettingsMismatchError:
             return
+        if own.get("omitted"):
+            raise UserError(f"{path} is a thin copy of a store, and only whole ones are built on; give the whole store")
     else:
         n_images = _recorded_images(path, spec)
         attributes = {**(own if isinstance(own, dict) else {}), **attributes}

@@ -52,6 +52,12 @@ def make_report(
         There are no results, a store is not one of theirs, matplotlib is missing, or the page cannot be written.
     DamagedStoreError
         The results contradict each other.
+
+    >>> from igstore import evaluate
+    >>> found = evaluate("toy.zarr", p=[90, 50], out="found")
+    >>> page, *beside = make_report("found", "page.html", stores=["toy.zarr"])
+    >>> page.name, sorted({path.suffix for path in beside})
+    ('page.html', ['.csv', '.png'])
     """
     results, out = Path(results), Path(out)
     if out.suffix.lower() not in (".html", ".htm"):

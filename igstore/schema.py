@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from igstore.errors import SettingsMismatchError, UserError
 
@@ -67,6 +67,9 @@ class Preprocessing:
         Pillow's filter for the resize.
     mean, std
         Per channel, in [0, 1] units: the network sees ``(pixels / 255 - mean) / std``.
+
+    >>> Preprocessing(resize=256, crop=(224, 224)).mean
+    (0.485, 0.456, 0.406)
     """
 
     resize: int | None
@@ -97,6 +100,11 @@ class BuildSpec:
 
     Device, batch size, library versions and times are recorded per shard and are not part of it; nor is how many
     images of the list are built (`--limit`), so that a store can grow.
+
+    >>> plain = Preprocessing(resize=None, crop=(24, 24))
+    >>> few, many = (BuildSpec("toy", "own", "0" * 64, plain, "f" * 64, n_steps=m) for m in (20, 50))
+    >>> few.differences(many)
+    [('n_steps', 20, 50)]
     """
 
     model: str
@@ -214,7 +222,7 @@ class BuildSpec:
 def _is_a(value: object, expected: Any) -> bool:
     """Whether a JSON value is of a type as the fields above are declared with."""
     parts = get_args(expected)
-    if isinstance(expected, UnionType):
+    if isinstance(expected, UnionType) or get_origin(expected) is Union:  # of literals it is the older kind
         return any(_is_a(value, part) for part in parts)
     if get_origin(expected) is Literal:
         return value in parts

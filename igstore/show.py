@@ -93,6 +93,10 @@ def show_store(
     ------
     UserError
         There is no such image, or it is not built, or as `masked_view`.
+
+    >>> picture = show_store("toy.zarr", ["picture_0", "picture_3"], p=[90, 50])
+    >>> picture.mode
+    'RGB'
     """
     options: dict[str, Any] = {"select": select, "score": score, "block": block, "fill": fill, "order": order}
     every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()

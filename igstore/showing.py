@@ -172,7 +172,7 @@ def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -
         baseline=spec.baseline,
         target=spec.target,
         output=spec.output,
-        method=spec.method,
+        method=spec.maps_by or spec.method,
         n_steps=spec.n_steps,
         reduce=spec.reduce,
         model=classifier.name,

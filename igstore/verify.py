@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from igstore import cli, files
 from igstore.contents import Problems, check_images, check_ranks
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
+from igstore.hdf5_form import Hdf5Form
 from igstore.integrity import Finding, check_shard
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
 from igstore.reader import RankingReader, Sharded, StoreReader
 from igstore.sources import LocalFiles, Source, open_source
 from igstore.store import consolidated, metadata, ranking_metadata
+from igstore.zarr_form import ZarrForm
 
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
@@ -70,6 +72,9 @@ def verify_store(
         It is not a store of this format version.
     UserError
         The model, weights or images for `recompute` are not at hand, or not those of the store.
+
+    >>> verify_store("toy.zarr")
+    []
     """
     try:
         store = StoreReader.of(path)
@@ -94,7 +99,9 @@ def verify_store(
             progress.advance(last - first)
     if not findings and not store.attributes.get("complete"):
         findings.append(Finding("does not say yet that the store is complete", _ROOT, is_missing=True))
-    if isinstance(store.form.source, LocalFiles):  # nobody else can say which files there are
+    if isinstance(store.form, ZarrForm) and isinstance(
+        store.form.source, LocalFiles
+    ):  # nobody else can say which files there are
         findings += _orphans(store, rankings)
     if again is not None and not findings:
         findings += again.findings()
@@ -130,6 +137,10 @@ def _metadata_findings(store: StoreReader, rankings: Sequence[RankingReader]) ->
             attributes=attributes,
             compress=store.attributes.get("compress"),
         )
+    if isinstance(store.form, Hdf5Form):  # HDF5's own metadata are checked by reading through them
+        if not files.is_sealed(store.attributes):
+            yield Finding("has attributes that have changed since they were written", store.form.path.name)
+        return
     source = store.form.source
     documents = {file: _document(source, file) for file in expected}
     for file, content in expected.items():

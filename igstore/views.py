@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from xarray.core.indexing import IndexSelResult
 
 from igstore import layout
+from igstore.arrays import ImageArray
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.reader import StoreReader
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
-from igstore.zarr_form import ImageArray
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -60,6 +60,12 @@ def open_store(store: Store) -> xr.Dataset:
         There is no store.
     SettingsMismatchError
         It is not a store of this format version.
+
+    >>> store = open_store("toy.zarr")
+    >>> store.attribution.dims, store.attribution.shape
+    (('image', 'y', 'x'), (4, 24, 24))
+    >>> store.sel(label=2).image.values.tolist()
+    ['picture_2']
     """
     reader = StoreReader.of(store)
     images = np.arange(reader.n_images)
@@ -120,6 +126,13 @@ def masked_view(
         A value is not allowed, or there is no such store, ranking or pixels; the message says what to run.
     SettingsMismatchError
         `images` are others than the store's, or resized or cropped in another way.
+
+    >>> view = masked_view("toy.zarr", p=[90, 50], keep="top")
+    >>> view.shape, str(view.dtype)
+    ((2, 4, 3, 24, 24), 'uint8')
+    >>> untouched = masked_view("toy.zarr", p=0, keep="bottom")
+    >>> bool((untouched == open_store("toy.zarr").pixels).all())
+    True
     """
     options = {"keep": keep, "select": select, "score": score, "block": block, "fill": fill, "order": order}
     source = MaskedImages(store, images)
@@ -149,6 +162,10 @@ def keep_mask(
     Returns
     -------
     bool DataArray (image, y, x), or (p, image, y, x), otherwise as `masked_view`.
+
+    >>> top, bottom = (keep_mask("toy.zarr", p=50, keep=keep) for keep in ("top", "bottom"))
+    >>> bool((top ^ bottom).all())
+    True
     """
     options = {"keep": keep, "select": select, "score": score, "block": block, "order": order, "seed": seed}
     source = MaskedImages(store)

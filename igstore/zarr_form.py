@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -26,30 +26,15 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, VLenUTF8Codec, Z
 from zarr.storage import MemoryStore
 
 from igstore import layout
-from igstore.errors import DamagedStoreError, IgstoreError, StoreNotFoundError
+from igstore.arrays import NOT_THERE, ImageArray, Recording, reading
+from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.sources import LocalFiles, Part, Recorded, Source
-
-Recording = Callable[[int], dict[str, Any] | None]  # the record of a shard, None where it is not finished
 
 _ROOT = "zarr.json"
 _CHECKSUM_BYTES = 4  # of a shard's index
 _ENTRY_BYTES = 16  # of it for an image: offset and length, both uint64
 _ABSENT = np.iinfo(np.uint64).max  # the offset and the length of a chunk that was not written
 _MANY = 256  # small files at a time, so that what is read is bounded by what is there
-
-_NOT_THERE = (FileNotFoundError, NotADirectoryError)
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Whatever is raised of contents that are not what they should be comes out as `DamagedStoreError`."""
-    try:
-        yield
-    except (IgstoreError, *_NOT_THERE):
-        raise
-    except Exception as error:  # zarr and its codecs raise almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DamagedStoreError(f"{what} cannot be read: {reason}") from error
 
 
 class ZarrForm:
@@ -80,7 +65,7 @@ class ZarrForm:
         """
         try:
             document = self._root
-        except _NOT_THERE:
+        except NOT_THERE:
             document = {}
         if document.get("node_type") != "group":
             raise StoreNotFoundError(
@@ -106,7 +91,7 @@ class ZarrForm:
         """Why a file is not the one that was recorded, in words that follow its name; "" where it is."""
         return self.source.problem(file, recorded)
 
-    def image_array(self, name: str, recorded: Recording) -> ImageArray:
+    def image_array(self, name: str, recorded: Recording) -> ZarrArray:
         """An array whose first dimension is image, such as ``attribution`` or ``ranks/positive-3/rank``.
 
         Raises
@@ -114,7 +99,7 @@ class ZarrForm:
         StoreNotFoundError
             There is no such array.
         """
-        return ImageArray(self, name, recorded)
+        return ZarrArray(self, name, recorded)
 
     def scalars(
         self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int
@@ -160,7 +145,7 @@ class ZarrForm:
         """An array as zarr-python sees it, for its metadata alone."""
         try:
             content = json.dumps(self._document(name)).encode()
-        except _NOT_THERE as error:
+        except NOT_THERE as error:
             raise StoreNotFoundError(f"{self.where} has no array {name}") from error
         with reading(f"{self.where}/{name}"):
             buffer = default_buffer_prototype().buffer.from_bytes(content)
@@ -197,119 +182,45 @@ class ZarrForm:
             return document
 
 
-class ImageArray:
-    """One array of a store whose first dimension is image; picklable.
+class ZarrArray(ImageArray):
+    """An image-shaped array in Zarr's files.
 
     Parameters
     ----------
-    form, name
-        The store, and the array's name in it.
-    recorded
-        The record of a shard that may be read.
+    form, name, recorded
+        The store, and as `ImageArray`.
     """
 
     def __init__(self, form: ZarrForm, name: str, recorded: Recording) -> None:
-        self.name = name
-        self.where = f"{form.where}/{name}"
         self._source = form.source
-        self._recorded = recorded
-        self._maps: dict[int, NDArray[Any] | None] = {}
         self._indices: dict[int, NDArray[np.uint64]] = {}
         array = form.metadata(name)
-        with reading(self.where):
-            self.shape: tuple[int, ...] = array.shape
-            self.dtype = np.dtype(array.dtype)
-            self.shard_size: int = (array.shards or array.chunks)[0]
-            self._image_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with reading(f"{form.where}/{name}"):
+            shard_size = (array.shards or array.chunks)[0]
             self._encoding = _encoding(array)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a map is made again in each process
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self, images: Iterable[int] | NDArray[np.integer[Any]] | slice) -> NDArray[Any]:
-        """The array's values for some images, in the order given: (len(images), ...).
-
-        Raises
-        ------
-        IndexError
-            An index is below 0 or not below the number of images.
-        DamagedStoreError
-            An image's shard is not finished, or its file contradicts the layout.
-        """
-        if isinstance(images, slice):
-            wanted = np.arange(*images.indices(len(self)))
-        else:
-            wanted = np.asarray(images if isinstance(images, np.ndarray) else list(images), dtype=np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"images {wanted.min()} to {wanted.max()} of {self.name}, which has {len(self)}")
-        result = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        shards = wanted // self.shard_size
-        for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            result[places] = self._read_shard(shard, wanted[places] - shard * self.shard_size)
-        return result
-
-    def shard(self, shard: int) -> NDArray[Any]:
-        """All images of a shard, (image, ...), not to be written to: where it is one run of bytes, a memory map.
-
-        Raises
-        ------
-        DamagedStoreError
-            As `read`.
-        """
-        mapped = self._map(shard)
-        return self._read_shard(shard, np.arange(self._count(shard))) if mapped is None else mapped
-
-    def _count(self, shard: int) -> int:
-        first, last = layout.shard_bounds(shard, len(self), self.shard_size)
-        return last - first
-
-    def _file(self, shard: int) -> str:
-        return layout.shard_file(self.name, shard, len(self.shape))
-
-    def _record_of_file(self, shard: int) -> Recorded:
-        """Size and checksum of a shard's file; a shard that has none must not be read."""
-        record = self._recorded(shard)
-        if record is None:
-            where = self._source.where
-            raise DamagedStoreError(
-                f"shard {shard} of {self.name} in {where} is not finished; `igstore info {where}` says what is missing"
-            )
-        recorded: Recorded = record["files"][self._file(shard)]
-        return recorded
-
-    def _map(self, shard: int) -> NDArray[Any] | None:
-        """The shard as a memory map (image, ...), or None where it is not one run of bytes on this machine."""
-        recorded = self._record_of_file(shard)
-        if shard not in self._maps:
-            with self._reading(shard):
-                self._maps[shard] = self._new_map(shard, recorded) if self._encoding == "raw" else None
-        return self._maps[shard]
+            super().__init__(form.where, name, array.shape, np.dtype(array.dtype), shard_size, recorded)
+        self._image_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _new_map(self, shard: int, recorded: Recorded) -> NDArray[Any] | None:
-        path = self._source.path(self._file(shard), recorded)
-        if path is None:
+        if self._encoding != "raw":
             return None
-        index, count = self._index(shard, recorded), self._count(shard)
-        starts = np.arange(count, dtype=np.uint64) * np.uint64(self._image_bytes)
-        is_one_run = (index[:, 0] == starts).all()
-        return np.memmap(path, self.dtype, "r", shape=(count, *self.shape[1:])) if is_one_run else None
+        with self._reading(shard):
+            path = self._source.path(self._file(shard), recorded)
+            if path is None:
+                return None
+            index, count = self._index(shard, recorded), self._count(shard)
+            starts = np.arange(count, dtype=np.uint64) * np.uint64(self._image_bytes)
+            is_one_run = (index[:, 0] == starts).all()
+            return np.memmap(path, self.dtype, "r", shape=(count, *self.shape[1:])) if is_one_run else None
 
-    def _read_shard(self, shard: int, within: NDArray[np.int64]) -> NDArray[Any]:
-        mapped = self._map(shard)
-        if mapped is not None:
-            return mapped[within]
+    def _read_unmapped(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         with self._reading(shard):
             if self._encoding is None:
                 return self._read_through_zarr(shard, within)
-            return self._read_chunks(shard, within)
+            return self._read_chunks(shard, within, recorded)
 
-    def _read_chunks(self, shard: int, within: NDArray[np.int64]) -> NDArray[Any]:
+    def _read_chunks(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         """Images by where the shard's index says that they are."""
-        recorded = self._record_of_file(shard)
         index = self._index(shard, recorded)
         chunks = index[np.unique(within)]
         chunks = chunks[chunks[:, 0] != _ABSENT].astype(np.int64)
@@ -370,7 +281,7 @@ class ImageArray:
         try:
             with reading(what):
                 yield
-        except _NOT_THERE as error:
+        except NOT_THERE as error:
             raise DamagedStoreError(
                 f"{what}: its file {self._file(shard)} is missing, though its record says that it was written; "
                 "run the build again to repair it"

@@ -20,7 +20,7 @@ from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS, FillContext
 from igstore.normalisation import normalise
-from igstore.zarr_form import ImageArray
+from igstore.arrays import ImageArray
 from igstore.schema import Preprocessing
 from igstore.views import keep_mask, open_store
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from stores import make_store
 
+import igstore
 from igstore import cli
 from igstore.__main__ import main
 from igstore.commands import COMMANDS, module_of
@@ -170,7 +171,8 @@ def test_the_whole_parser_takes_what_the_commands_take():
     ],
     ids=lambda words: " ".join(words),
 )
-def test_bash_completes(words, completed, here):
+def test_bash_completes(words, completed, here, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(igstore.__file__).parents[1]))
     pytest.importorskip("shtab")
     if shutil.which("bash") is None:
         pytest.skip("needs bash")

@@ -15,25 +15,25 @@ PACKAGE = Path(__file__).resolve().parents[1] / "igstore"
 LAYERS = """
 errors schema files progress cli commands completion parts
 quadrature blocks masks memory acceleration imagenet images normalisation weights baselines
-models attribution layout hdf5
-cache sources zarr_form reader store
+models attribution layout given_maps hdf5
+cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair
 staging presence decoding pixels masking schedulers
 views dataset batches
-devices provenance plan attributor shards worker processes cluster proportions results tables results_folder
+devices provenance plan attributor importer shards worker processes cluster proportions results tables results_folder
 info rank recompute verify
-appearing copies hdf5_writer export
-builder hiring forecast build
+appearing copies hdf5_writer export merge
+builder hiring forecast build imported
 showing probability evaluate show view
 charts curves findings figures summaries page sections report
 """.split()
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema files progress cli commands completion parts schedulers build evaluate quadrature blocks masks imagenet images baselines layout
-cache sources zarr_form reader store
+errors schema files progress cli commands completion parts schedulers build imported given_maps evaluate quadrature blocks masks imagenet images baselines layout
+cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair staging presence decoding pixels masking views info rank verify
-hdf5 appearing copies hdf5_writer export
+hdf5 appearing copies hdf5_writer export merge
 show view proportions results tables
 results_folder charts curves findings figures summaries page sections report
 """.split()

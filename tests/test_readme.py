@@ -68,7 +68,8 @@ def test_command(line, here, capsys):
     assert capsys.readouterr().out
 
 
-def test_command_that_serves(here):
+def test_command_that_serves(here, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (line,) = (line for line in COMMANDS if line.startswith("igstore view "))
     view = subprocess.Popen(
         [sys.executable, "-m", *shlex.split(line), "--json"], stdout=subprocess.PIPE, text=True, cwd=here

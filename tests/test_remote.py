@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from servers import Served, http_server
 from stores import make_store
 from torch.utils.data import DataLoader
 
-from igstore import MaskedImageNet, keep_mask, masked_view, open_store, sources
+from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_store, sources
 from igstore.cli import run
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnreachableError, UserError
 from igstore.info import main as info_main
@@ -155,7 +156,8 @@ def test_metadata_are_read_once(server: Served, url: str) -> None:
 
 def test_large_parts_are_divided(server: Served, url: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(sources, "_LARGEST_REQUEST", 1000)
-    np.testing.assert_array_equal(StoreReader(url).array("pixels").read([0]), open_store(folder / "toy.zarr").pixels[:1])
+    expected = open_store(folder / "toy.zarr").pixels[:1]
+    np.testing.assert_array_equal(StoreReader(url).array("pixels").read([0]), expected)
     sizes = [last - first for _, first, last in server.asked("/pixels/c/")]
     assert max(sizes) == 1000
     assert sum(sizes) == 3 * 23 * 26 + SHARD * 16 + 4
@@ -302,3 +304,40 @@ def test_what_needs_a_folder_says_so(url: str) -> None:
 
     with pytest.raises(UserError, match="is not a folder of this machine"):
         rank_store(url, score="absolute")
+
+
+# compressed stores
+
+
+def test_a_compressed_store_is_read_in_as_few_requests(folder: Path, server: Served) -> None:
+    export_store(folder / "toy.zarr", folder / "small.zarr", compress="zstd")
+    here, there = open_store(folder / "toy.zarr"), StoreReader(f"{server.url}/small.zarr")
+    np.testing.assert_array_equal(there.array("pixels").read(range(N)), here.pixels)
+    # for each shard the index and then all of its images
+    assert len(server.asked("/pixels/c/")) == 2 * 3
+    np.testing.assert_array_equal(there.array("pixels").read([9, 0, 4]), here.pixels[[9, 0, 4]])
+    np.testing.assert_array_equal(masked_view(folder / "small.zarr"), masked_view(folder / "toy.zarr"))
+    shutil.rmtree(folder / "small.zarr")
+
+
+def test_another_compression_is_read_from_a_folder(folder: Path, server: Served) -> None:
+    copy = Path(shutil.copytree(folder / "toy.zarr", folder / "blosc.zarr"))
+    pixels = zarr.open_array(copy / "pixels", mode="r")[:]
+    group = zarr.open_group(copy, mode="r+", use_consolidated=False)
+    array = group.create_array(
+        "pixels",
+        shape=pixels.shape,
+        dtype="u1",
+        chunks=(1, *pixels.shape[1:]),
+        shards=(SHARD, *pixels.shape[1:]),
+        compressors=zarr.codecs.BloscCodec(),
+        overwrite=True,
+    )
+    array[:] = pixels
+    np.testing.assert_array_equal(StoreReader(copy).array("pixels").read([7, 1]), pixels[[7, 1]])
+    root = json.loads((copy / "zarr.json").read_text())
+    root["consolidated_metadata"]["metadata"]["pixels"] = json.loads((copy / "pixels/zarr.json").read_text())
+    (copy / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(DamagedStoreError, match="only read from a folder"):
+        StoreReader(f"{server.url}/blosc.zarr").array("pixels").read([7])
+    shutil.rmtree(copy)

@@ -30,7 +30,7 @@ from igstore.images import as_image_list
 from igstore.masks import FILLS, SELECTIONS, FillContext
 from igstore.rank import rank_store
 from igstore.reader import StoreReader
-from igstore.zarr_form import ImageArray
+from igstore.arrays import ImageArray
 from igstore.schema import BUILT, FAILED, NOT_BUILT, Keep, Preprocessing
 from igstore.store import finish_store
 from igstore.views import keep_mask, masked_view, open_store

@@ -1,0 +1,231 @@
+"""`igstore import`: maps that were made elsewhere become a store, with the ranks and masks that every store has.
+
+torch is imported when the work begins, so that wrong options and ``--help`` do not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from igstore import cli
+from igstore.errors import UserError
+from igstore.given_maps import GivenMaps, read_ids
+from igstore.images import Split
+from igstore.info import StoreInfo, describe, store_info
+from igstore.parts import Part
+from igstore.schema import IMPORTED, Baseline, Interpolation, Output, Preprocessing, Reduce, Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from igstore.models import Classifier
+
+
+def import_maps(
+    maps: str | os.PathLike[str] | NDArray[Any],
+    model: str | Classifier | torch.nn.Module,
+    images: Any,
+    store: str | os.PathLike[str],
+    *,
+    made_by: str,
+    ids: Sequence[str] | None = None,
+    weights: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    split: Split = "val",
+    labels: str | os.PathLike[str] | None = None,
+    baseline: Baseline = "black",
+    target: Target = "prediction",
+    output: Output = "logit",
+    reduce: Reduce = "sum",
+    pixels: bool = True,
+    shard_size: int = 500,
+    seed: int = 0,
+    limit: int | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    rank: bool = True,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> StoreInfo:
+    """Make a store of attribution maps from elsewhere. The same call again goes on where it stopped.
+
+    A store says what its model makes of its images, so the model is shown each image twice, and its baseline once.
+    Everything else follows from the maps. `baseline` and `output` are what the completeness error is measured with;
+    maps of methods that are not complete have a large one, and that is all it means.
+
+    Parameters
+    ----------
+    maps
+        A ``.npy`` file, which is never whole in memory, or an array: float16, float32 or float64, (image, y, x) or
+        (image, channel, y, x), one map for each image, of the size of the model's input.
+    model
+        The model that the maps explain, as `build_store`.
+    images, store
+        As `build_store`. The maps are in the order in which igstore lists the images, which is that of their ids,
+        unless `ids` is given.
+    made_by
+        What made the maps, in words for whoever opens the store: ``"captum 0.8 Saliency"``.
+    ids
+        The ids of the images in the order of the maps.
+    target
+        Which class the maps explain: the model's own prediction, or the label.
+    reduce
+        How channels become one map, as in `build_store`; maps without channels count as having one.
+    limit
+        The maps are of the first so many images only.
+    weights, preprocessing, split, labels, baseline, output, pixels, shard_size, seed
+        As `build_store`.
+    device, workers, rank, overwrite, show_progress
+        As `build_store`, on one device.
+    batch_size
+        Images that the model is shown at once; None fits it to the free memory.
+
+    Returns
+    -------
+    StoreInfo
+        What the store holds now; `failed` lists the images that could not be read, or whose map is not finite.
+
+    Raises
+    ------
+    UserError
+        The maps do not fit the images or the model, a setting is wrong, the store was made with other settings or
+        maps, or something else is in its place.
+    ModelError
+        The network is not a classifier of such images.
+    """
+    from igstore.builder import run_build
+    from igstore.devices import find_device
+    from igstore.importer import Importer
+    from igstore.plan import chosen_classifier, listed_images, plan_build
+    from igstore.worker import Worker
+
+    if not made_by.strip():
+        raise UserError("made_by is empty; say what made the maps, such as 'captum 0.8 Saliency'")
+    listed = listed_images(images, split=split, labels=labels)
+    listed = listed if limit is None else listed.head(limit)
+    given = GivenMaps(maps, listed.ids, ids)
+    classifier = chosen_classifier(model, weights, preprocessing, listed)
+    _check_fits(given, classifier, reduce)
+    on = find_device(device)
+    build = plan_build(
+        classifier,
+        listed,
+        store,
+        weights=None,
+        preprocessing=None,
+        split=split,
+        labels=None,
+        limit=None,
+        settings={
+            "baseline": baseline,
+            "target": target,
+            "output": output,
+            "method": IMPORTED,
+            "n_steps": 0,
+            "reduce": reduce,
+            "pixels": pixels,
+            "shard_size": shard_size,
+            "seed": seed,
+            "maps_by": made_by,
+            "maps_sha256": given.sha256(),
+        },
+    )
+    importer = partial(Importer, maps=given)
+    hire = partial(Worker, device=on, batch_size=batch_size, workers=workers, attributor=importer)
+    run_build(build, hire, part=Part(), scheduler=None, rank=rank, overwrite=overwrite, show_progress=show_progress)
+    return store_info(build.path)
+
+
+def _check_fits(maps: GivenMaps, classifier: Classifier, reduce: Reduce) -> None:
+    if maps.size != classifier.preprocessing.crop:
+        raise UserError(
+            f"the maps are {maps.size[0]}x{maps.size[1]} pixels; the input of {classifier.name} is "
+            f"{'x'.join(map(str, classifier.preprocessing.crop))}: give the preprocessing that they were made with, or "
+            "resize them"
+        )
+    if reduce == "none" and maps.n_channels != 3:
+        raise UserError(f"reduce is none, which keeps three channels; the maps have {maps.n_channels}: leave it out")
+
+
+def parser() -> cli.Parser:
+    """The options of the command."""
+    parser = cli.Parser(
+        "import",
+        "Make a store of attribution maps that were made elsewhere, with captum, zennit or anything that saves a .npy "
+        "file. Run the same command again after any interruption: it goes on where it stopped.",
+    )
+    what = parser.add_argument_group("the maps, and what they are of")
+    what.add_argument("maps", metavar="MAPS", help=".npy file of floats: (image, y, x) or (image, channel, y, x)")
+    what.add_argument("--made-by", required=True, metavar="TEXT", help="what made them, such as 'captum 0.8 Saliency'")
+    what.add_argument("--images", required=True, metavar="PATH", help="the images, as igstore build takes --data")
+    what.add_argument(
+        "--ids", metavar="FILE", help="the images' ids in the order of the maps, one a line (default: sorted)"
+    )
+    what.add_argument(
+        "--model", required=True, metavar="NAME", help="the model that they explain, as igstore build takes it"
+    )
+    what.add_argument("--weights", metavar="W", help="as igstore build takes them")
+    what.add_argument("--target", default="prediction", choices=cli.choices_of(Target), help="class that they explain")
+    what.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
+    what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
+    what.add_argument("--labels", help="CSV with columns file and wnid or class_index, for a flat folder")
+    what.add_argument("--limit", type=cli.positive, metavar="N", help="the maps are of the first N images")
+    where = parser.add_argument_group("where to")
+    where.add_argument("--store", metavar="STORE", help="folder of the store (default: MAPS with .zarr)")
+    where.add_argument("--shard-size", type=cli.positive, default=500, metavar="N", help="images a shard")
+    where.add_argument(
+        "--no-pixels",
+        dest="pixels",
+        action="store_false",
+        help="leave the images' pixels out: smaller, and no redistribution of the data set",
+    )
+    where.add_argument("--no-rank", dest="rank", action="store_false", help="do not rank the blocks at the end")
+    where.add_argument("--overwrite", action="store_true", help="remove the store that is there and begin anew")
+    how = parser.add_argument_group("what completeness is measured with")
+    how.add_argument("--baseline", default="black", choices=cli.choices_of(Baseline), help="in pixel space")
+    how.add_argument("--output", default="logit", choices=cli.choices_of(Output), help="of the target")
+    how.add_argument("--seed", type=int, default=0, help="of the noise baseline")
+    pictures = parser.add_argument_group("preprocessing, where it is not the one that comes with the weights")
+    pictures.add_argument("--resize", type=cli.positive, metavar="PX", help="length of the shorter side")
+    pictures.add_argument("--crop", type=cli.positive, metavar="PX", help="side of the centre crop")
+    pictures.add_argument("--interpolation", choices=cli.choices_of(Interpolation), help="of the resize")
+    pictures.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
+    pictures.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once (default: what fits)")
+    machine.add_argument("--workers", type=cli.positive, metavar="N", help="threads that decode images")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """``igstore import MAPS.npy --made-by TEXT --images PATH --model NAME ...``."""
+    parsed, output = parser().parse(argv)
+    options = vars(parsed)
+    from igstore.models import load_classifier
+
+    preprocessing = {name: options.pop(name) for name in ("resize", "crop", "interpolation", "mean", "std")}
+    ids, maps, store = options.pop("ids"), Path(options.pop("maps")), options.pop("store")
+    model = load_classifier(options.pop("model"), options.pop("weights"), **preprocessing)
+    info = import_maps(
+        maps,
+        model,
+        options.pop("images"),
+        store or maps.with_suffix(".zarr").name,
+        ids=None if ids is None else read_ids(ids),
+        **options,
+        show_progress=output.show_progress,
+    )
+    output.summary(info, [*describe(info), f"next         igstore evaluate {info.path}"])
+    return cli.SOME_IMAGES_FAILED if info.failed else cli.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

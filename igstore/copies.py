@@ -24,7 +24,7 @@ Record = dict[str, Any]
 Arrays = dict[str, NDArray[Any]]
 
 _FORM = ("omitted", "compress")  # attributes that are of one copy of a store, not of its contents
-_OF_THE_FILES = ("shard", "images", "files", "settings", "seal", "attribution_sha256")  # what writing a record adds
+_OF_THE_FILES = ("shard", "images", "files", "settings", "seal")  # what writing a record adds
 
 
 def write_copy(

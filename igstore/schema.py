@@ -115,7 +115,7 @@ class BuildSpec:
     baseline: Baseline = "black"
     target: Target = "prediction"
     output: Output = "logit"
-    method: Method | Literal["imported"] = "riemann_right"
+    method: Literal[Method, "imported"] = "riemann_right"
     n_steps: int = 50  # 0 for imported maps
     max_error: float | None = None
     max_steps: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -56,14 +57,16 @@ def http_server(folder: Path) -> Iterator[Served]:
                 time.sleep(3)
                 self.close_connection = True
                 return
+            has_part = content_range and served.gives_parts
             try:
-                content = (folder / self.path.lstrip("/")).read_bytes()
+                with (folder / self.path.lstrip("/")).open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    file.seek(wanted[0] or 0 if has_part else 0)
+                    content = file.read(wanted[1] - wanted[0] if has_part else -1)
             except OSError:
                 self.send_error(404)
                 return
-            size = len(content)
-            if content_range and served.gives_parts:
-                content = content[slice(*wanted)]
+            if has_part:
                 if not content:
                     self.send_error(416)
                     return

@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,10 +35,8 @@ from igstore import (
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.export import main
 from igstore.files import is_sealed, sealed
-from igstore.integrity import withdraw_damaged
 from igstore.reader import StoreReader
 from igstore.schema import BuildSpec
-from igstore.store import finish_store
 
 N, SHARD_SIZE, N_CLASSES = 21, 8, 7  # three shards, the last of five images
 NETWORK = Smooth(N_CLASSES).eval()
@@ -268,7 +265,9 @@ def test_ranks_of_imagenet_are_under_1800_megabytes(tmp_path, out):
     arrays = {name: content for name, content in contents(out).items() if "/c/" in name}
     on_disk = sum(len(content) for name, content in arrays.items() if not name.startswith("image_id"))
     assert on_disk == thin_bytes(spec, 10, 64)
-    imagenet = BuildSpec(**{**vars(spec), "preprocessing": Preprocessing(resize=256, crop=(224, 224)), "shard_size": 500})
+    imagenet = BuildSpec(
+        **{**vars(spec), "preprocessing": Preprocessing(resize=256, crop=(224, 224)), "shard_size": 500}
+    )
     ids = 50_000 * (4 + len("ILSVRC2012_val_00000293"))
     records, metadata = 2 * 100 * 8_000, 1_000_000  # generously
     total = thin_bytes(imagenet, 50_000, 75 * 75) + ids + records + metadata

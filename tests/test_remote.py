@@ -22,9 +22,12 @@ from torch.utils.data import DataLoader
 from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_store, sources
 from igstore.cli import run
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnreachableError, UserError
+from igstore.evaluate import evaluate
 from igstore.info import main as info_main
 from igstore.info import store_info
+from igstore.models import classifier_from_module
 from igstore.reader import StoreReader
+from igstore.schema import Preprocessing
 from igstore.verify import verify_store
 
 N, SHARD = 10, 4
@@ -341,3 +344,10 @@ def test_another_compression_is_read_from_a_folder(folder: Path, server: Served)
     with pytest.raises(DamagedStoreError, match="only read from a folder"):
         StoreReader(f"{server.url}/blosc.zarr").array("pixels").read([7])
     shutil.rmtree(copy)
+
+
+def test_a_model_is_evaluated_on_a_store_from_afar(folder: Path, url: str) -> None:
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(3), torch.nn.Flatten(), torch.nn.Linear(27, 5)).eval()
+    model = classifier_from_module(network, preprocessing=Preprocessing(resize=None, crop=(23, 26)), name="linear")
+    there, here = (evaluate(store, models=[model], p=[70, 30], batch_size=3) for store in (url, folder / "toy.zarr"))
+    assert there.rows == here.rows

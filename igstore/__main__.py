@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from igstore import __version__, cli
 from igstore.commands import COMMANDS, SECTIONS, module_of
+from igstore.errors import UserError
 
 
 def _help() -> list[str]:
@@ -25,8 +26,9 @@ def _dispatch(argv: Sequence[str]) -> int:
         cli.say(f"igstore {__version__}")
         return cli.DONE
     if argv[0] not in COMMANDS:
-        print(f"igstore: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)  # noqa: T201
-        return cli.MISUSED
+        close = get_close_matches(argv[0], COMMANDS, 1)
+        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command {argv[0]!r}; {meant}")
     return int(module_of(argv[0]).main(argv[1:]))
 
 

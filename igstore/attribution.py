@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
 from igstore.schema import Method, Output, Precision, Reduce, check_choice
+from igstore.stem import Hoisted
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
 # when that overflows, the batch is done again with a smaller scale.
@@ -160,7 +161,8 @@ def integrated_gradients(
     Parameters
     ----------
     network
-        In evaluation mode; maps (pair, channel, y, x) to logits (pair, class).
+        In evaluation mode; maps (pair, channel, y, x) to logits (pair, class). The stem of a `Hoisted` one runs once
+        an image.
     inputs, baselines
         (image, channel, y, x), floating point, one dtype, on one device.
     targets
@@ -170,7 +172,7 @@ def integrated_gradients(
     output
         What f is: the target's logit or its softmax probability.
     reduce
-        How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of |a| (``absolute``), or ``none``.
+        How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision
         ``float32`` (tf32 off), ``tf32`` (CUDA only) or ``float16`` (autocast, scaled gradients; sums stay float32).
     batch_size
@@ -194,7 +196,7 @@ def integrated_gradients(
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5))  # linear, so one step is exact
     >>> inputs = torch.rand(2, 3, 8, 8)
     >>> found = integrated_gradients(network, inputs, torch.zeros_like(inputs), torch.tensor([0, 4]), n_steps=1)
-    >>> tuple(found.attribution.shape), bool((found.completeness_error < 1e-3).all())
+    >>> tuple(found.maps.shape), bool((found.completeness_error < 1e-3).all())
     ((2, 8, 8), True)
     """
     check_choice("output", output, Output)
@@ -202,24 +204,28 @@ def integrated_gradients(
     if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
         raise UserError("max_error and max_steps go together, and with method riemann_right")
     alphas, weights = rule(method, n_steps)
-    difference = inputs - baselines
-    sums = torch.zeros_like(inputs)  # weighted sums of gradients, (image, channel, y, x)
+    stem, body = (network.stem, network.body) if isinstance(network, Hoisted) else (nn.Identity(), network)
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     with numerics(precision, inputs.device):
         f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
         f_b = select_output(logits(network, baselines, batch_size), targets, output).double()
+        with _full_precision(inputs.device), torch.no_grad():
+            first = stem(baselines)
+            difference = stem(inputs) - first  # the path, where the body sees it
+        sums = torch.zeros_like(difference)  # weighted sums of gradients
 
         def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-            _add_gradients(sums, images, alphas, weights, network, baselines, difference, targets, output, batch_size)
+            _add_gradients(sums, images, alphas, weights, body, first, difference, targets, output, batch_size)
 
-        def error() -> Tensor:
-            total = (difference * sums).sum(dim=(1, 2, 3), dtype=torch.float64)
+        def error(attributions: Tensor) -> Tensor:
+            total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)
             return completeness_error(total, f_x - f_b)
 
         add(list(range(len(inputs))), alphas, weights)
         m = n_steps
         while max_error is not None and max_steps is not None and 2 * m <= max_steps:
-            rough = ((error() > max_error) & (steps == m)).nonzero()[:, 0].tolist()
+            # a linear stem does not change the sum of the attributions
+            rough = ((error(difference * sums) > max_error) & (steps == m)).nonzero()[:, 0].tolist()
             if not rough:
                 break
             # the points of 2m steps that those of m steps lack; the old ones count half from now on
@@ -227,13 +233,26 @@ def integrated_gradients(
             add(rough, np.arange(1, 2 * m, 2) / (2 * m), np.full(m, 1 / (2 * m)))
             m *= 2
             steps[rough] = m
+        attributions = (inputs - baselines) * _transpose(stem, inputs, sums)  # (image, channel, y, x)
         return Attributions(
-            maps=reduce_channels(difference * sums, reduce),
+            maps=reduce_channels(attributions, reduce),
             output=f_x,
             baseline_output=f_b,
-            completeness_error=error(),
+            completeness_error=error(attributions),
             n_steps=steps,
         )
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _transpose(stem: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """The gradients at the inputs, from those at the outputs of an affine `stem`."""
+    leaf = inputs.detach().requires_grad_()
+    with _full_precision(inputs.device), torch.enable_grad():
+        (at_inputs,) = torch.autograd.grad(stem(leaf), leaf, gradients)
+    return at_inputs
 
 
 def _add_gradients(
@@ -242,28 +261,31 @@ def _add_gradients(
     alphas: NDArray[np.float64],
     weights: NDArray[np.float64],
     network: nn.Module,
-    baselines: Tensor,
+    start: Tensor,
     difference: Tensor,
     targets: Tensor,
     output: Output,
     batch_size: int,
 ) -> None:
-    """``sums[i] += sum over h of weights[h] * df/dx(b_i + alphas[h] (x_i - b_i))`` for i in `images`."""
+    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`."""
     scaled = torch.is_autocast_enabled(sums.device.type)
     m, dtype, device = len(alphas), sums.dtype, sums.device
     # (pair,), in the order of images; on the device at once, so that nothing in the loop waits for it
     image = torch.tensor(images, device=device).repeat_interleave(m)
     alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
     weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
-    for start in range(0, len(image), batch_size):
-        stop = min(start + batch_size, len(image))
-        of = image[start:stop]
-        points = baselines[of] + alpha[start:stop] * difference[of]  # (pair, channel, y, x)
-        gradients = _gradient(network, points, targets[of], output, scaled) * weight[start:stop]
+    for begin in range(0, len(image), batch_size):
+        end = min(begin + batch_size, len(image))
+        # the batch's part of every image that it has steps of
+        parts = [
+            (images[place], slice(max(begin, place * m), min(end, (place + 1) * m)))
+            for place in range(begin // m, (end - 1) // m + 1)
+        ]
+        points = torch.cat([torch.addcmul(start[i, None], alpha[part], difference[i, None]) for i, part in parts])
+        gradients = _gradient(network, points, targets[image[begin:end]], output, scaled) * weight[begin:end]
         # one sum an image is deterministic on every device; index_add_ on CUDA is not
-        for place in range(start // m, (stop - 1) // m + 1):
-            first, last = max(start, place * m), min(stop, (place + 1) * m)
-            sums[images[place]] += gradients[first - start : last - start].sum(dim=0)
+        for i, part in parts:
+            sums[i] += gradients[part.start - begin : part.stop - begin].sum(dim=0)
 
 
 def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:

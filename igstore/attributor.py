@@ -17,19 +17,20 @@ from igstore.acceleration import accelerate
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.baselines import baseline_pixels
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
-from igstore.memory import available_memory, gradient_bytes
+from igstore.memory import available_memory, freed_memory_kept, gradient_bytes
 from igstore.models import Classifier
 from igstore.normalisation import normalise
 from igstore.quadrature import rule
 from igstore.schema import BUILT, FAILED, BuildSpec
+from igstore.stem import hoist_stem
 from igstore.weights import first_line
 
 Arrays = dict[str, NDArray[Any]]
 
 logger = logging.getLogger(__name__)
 
-# Batches beyond these gain nothing: a CPU is busy with 16 pairs, a large GPU with 256.
-_LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+# Batches beyond these gain nothing: a CPU is busy with 8 pairs and has caches to lose, a large GPU is with 256.
+_LARGEST_BATCH = {"cpu": 8, "cuda": 256}
 
 _REASON = np.dtype("<U200")  # a fixed width, so that units concatenate; longer reasons are cut
 
@@ -75,7 +76,7 @@ class Attributor:
         height, width = spec.preprocessing.crop
         with self._failures(), numerics(spec.precision, device):
             probe = torch.zeros(1, 3, height, width, device=device)
-            self.network = accelerate(classifier.network, probe)
+            self.network = hoist_stem(accelerate(classifier.network, probe), probe)
             self.n_classes = logits(self.network, probe, 1).shape[1]
             if self._may_shrink:
                 self.batch_size = _fitting_batch(self.network, probe)
@@ -153,7 +154,7 @@ class Attributor:
         grey = self._normalise(np.full((1, 3, height, width), 128, np.uint8))
         for _ in range(2):
             started = time.monotonic()
-            with self._failures():
+            with self._failures(), freed_memory_kept():
                 integrated_gradients(
                     self.network,
                     grey,
@@ -172,7 +173,7 @@ class Attributor:
     ) -> Arrays:
         while True:
             try:
-                with self._failures():
+                with self._failures(), freed_memory_kept():
                     return self._attribute(pixels, labels, image_ids)
             except OutOfMemoryError:
                 if not self._may_shrink or self.batch_size == 1:

@@ -1,7 +1,8 @@
 """What a block is: its geometry, its score, its rank among an image's blocks, and the share of the blocks before it.
 
-Pure NumPy functions over a leading image dimension. Everything is worked out one image at a time, so memory does not
-grow with the number of images and the intermediate arrays stay in the processor's cache.
+Pure NumPy functions over a leading image dimension. `block_sums`, `block_ranks` and `block_shares` say what is meant,
+for any maps, one image at a time, so that memory does not grow with the number of images. `rank_blocks` gives the same
+ranks and shares of a few stored maps sooner.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,10 @@ from igstore.errors import UserError
 from igstore.schema import check_choice
 
 DEFAULT_BLOCK = 3
+
+_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
+
+_Number = TypeVar("_Number", np.float64, np.int32)
 
 ScoreFunction = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -130,7 +135,7 @@ def _finite_scores(values: NDArray[np.float64], score: ScoreFunction) -> NDArray
     return np.where(finite, score(np.where(finite, values, 0.0)), np.nan)
 
 
-def _sum_runs(values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+def _sum_runs(values: NDArray[_Number], length: int) -> NDArray[_Number]:
     """Sums over runs of `length` rows; the last run is as long as the rows last."""
     sums = values[::length].copy()
     for offset in range(1, min(length, len(values))):
@@ -206,7 +211,6 @@ def block_shares(scores: ArrayLike, ranks: NDArray[np.unsignedinteger[Any]]) -> 
     float32 (image, block_y, block_x) in [0, 1], rounded from float64.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    below_one = np.nextafter(np.float32(1), np.float32(0))
     shares = np.empty(scores.shape, np.float32)
     for image, image_ranks, image_shares in zip(scores, ranks, shares, strict=True):
         place = image_ranks.astype(np.intp)
@@ -215,9 +219,98 @@ def block_shares(scores: ArrayLike, ranks: NDArray[np.unsignedinteger[Any]]) -> 
         n_positive = np.count_nonzero(ranked > 0)  # they come first
         before = np.concatenate(([0.0], ranked[:n_positive])).cumsum()  # the last entry is the total
         ranked_shares = np.ones(image.size, np.float32)
-        ranked_shares[:n_positive] = np.minimum((before[:-1] / before[-1]).astype(np.float32), below_one)
+        ranked_shares[:n_positive] = np.minimum((before[:-1] / before[-1]).astype(np.float32), _BELOW_ONE)
         image_shares[...] = ranked_shares[place]
     return shares
+
+
+# A float16 is a multiple of 2**-24; one below 2 in absolute value times 2**24 is below 2**25.
+_FRACTION_BITS = 24
+
+
+def rank_blocks(
+    maps: ArrayLike, block: int = DEFAULT_BLOCK, score: str = "positive"
+) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
+    """`block_ranks` and `block_shares` of the `block_sums` of maps: the same bits, sooner for a few stored maps.
+
+    Scores of float16 maps are multiples of 2**-24, so those of stored maps, which stay below 2, are added as integers:
+    32 bits hold the sum of 63 pixels, each below 2**25. Integers of 32 bits have two 16-bit digits to sort by where
+    float64 has four. Running totals are whole float64 numbers, exact below 2**53, which 2**22 blocks cannot reach; and
+    a quotient is the same whether or not both of its terms are multiplied by 2**24. Everything else (maps of another
+    dtype, with channels or with values of 2 and more, larger blocks or images, a score that makes other fractions) goes
+    the plain way. All the maps are worked on together, in four times their memory.
+
+    Parameters
+    ----------
+    maps, block, score
+        As `block_sums` takes them.
+
+    Returns
+    -------
+    ranks, shares
+        uint16 (or uint32) and float32, both (image, block_y, block_x).
+
+    Raises
+    ------
+    UserError
+        As `block_sums` and `block_ranks`.
+    """
+    maps = np.asarray(maps)
+    sums = _fixed_point_sums(maps, check_block(block), score)  # (image, block_y, block_x)
+    if sums is None:
+        plain = block_sums(maps, block, score)
+        ranks = block_ranks(plain)
+        return ranks, block_shares(plain, ranks)
+    count, n_blocks = len(sums), sums.shape[1] * sums.shape[2]
+    scores = sums.reshape(count, n_blocks)
+    # highest first: the sign is turned, and signed integers are ordered as unsigned ones with their highest bit flipped
+    keys = (-scores ^ np.iinfo(np.int32).min).astype("<i4", copy=False)
+    digits = np.moveaxis(keys.view("<u2").reshape(count, n_blocks, 2), 2, 0)  # (digit, image, block), the lowest first
+    order = np.lexsort(digits, axis=-1) + n_blocks * np.arange(count)[:, None]  # places in the flat array
+    ranked = scores.ravel()[order].astype(np.float64)
+    scored = ranked > 0
+    np.maximum(ranked, 0, out=ranked)
+    before = ranked.cumsum(axis=1)
+    total = before[:, -1:].copy()
+    total[total == 0] = 1  # nothing is scored, and all shares are 1
+    before -= ranked
+    before /= total
+    ranked_shares = np.where(scored, np.minimum(before.astype(np.float32), _BELOW_ONE), np.float32(1))
+    ranks = np.empty(count * n_blocks, rank_dtype(n_blocks))
+    ranks[order] = np.arange(n_blocks, dtype=ranks.dtype)
+    shares = np.empty(count * n_blocks, np.float32)
+    shares[order] = ranked_shares
+    return ranks.reshape(sums.shape), shares.reshape(sums.shape)
+
+
+def _fixed_point_sums(maps: NDArray[Any], block: int, score: str) -> NDArray[np.int32] | None:
+    """`block_sums` times 2**24, int32 (image, block_y, block_x); None where that is not exact."""
+    check_choice("score", score, SCORES)
+    table = _fixed_point_table(SCORES[score])
+    if maps.ndim != 3 or maps.dtype != np.float16 or maps.size == 0 or table is None or block**2 > 63:
+        return None
+    n_y, n_x = block_grid(maps.shape[1], maps.shape[2], block)
+    if n_y * n_x > 1 << 22:
+        return None
+    bits = maps.view(np.uint16)
+    # without the sign, the bits of 2, of all that is larger, of infinities and of NaN are 0x4000 and above
+    if (bits << 1).max() >= 0x8000:
+        return None
+    pixels = np.take(table, bits, mode="clip")  # (image, y, x)
+    rows = _sum_runs(np.moveaxis(pixels, 1, 0), block)  # (block_y, image, x)
+    columns = _sum_runs(np.moveaxis(rows, 2, 0), block)  # (block_x, block_y, image)
+    return np.ascontiguousarray(columns.transpose(2, 1, 0))
+
+
+@cache
+def _fixed_point_table(score: ScoreFunction) -> NDArray[np.int32] | None:
+    """The scores of float16 values below 2, times 2**24, indexed by the values' bits; None unless all are integers."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        usable = np.abs(values) < 2
+    scores = np.where(usable, score(np.where(usable, values, 0.0)), 0.0) * 2.0**_FRACTION_BITS
+    exact = (scores == np.rint(scores)) & (np.abs(scores) < 2.0 ** (_FRACTION_BITS + 1))
+    return scores.astype(np.int32) if exact.all() else None
 
 
 def expand(blocks: NDArray[Any], height: int, width: int, block: int = DEFAULT_BLOCK) -> NDArray[Any]:

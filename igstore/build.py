@@ -188,7 +188,10 @@ def parser() -> cli.Parser:
     )
     what = parser.add_argument_group("what to attribute")
     what.add_argument(
-        "--model", required=True, help="torchvision name, timm:NAME, efficientnet_lite0|1|2, or package.module:function"
+        "--model",
+        metavar="NAME",
+        required=True,
+        help="torchvision name, timm:NAME, efficientnet_lite0|1|2, or package.module:function",
     )
     what.add_argument(
         "--weights",
@@ -346,9 +349,7 @@ def _next(info: StoreInfo, part: Part) -> list[str]:
     if info.is_complete:
         return [f"next         igstore evaluate {info.path}"]
     missing = len(info.missing_shards)
-    return [
-        f"part {part}    done; {missing} shard{'s' * (missing != 1)} of other parts to come, the last of which finishes"
-    ]
+    return [f"{f'part {part}':<12} done; shards of other parts to come: {missing}; whoever builds the last finishes"]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from igstore import layout
+from igstore import files, layout
 from igstore.errors import DamagedStoreError, UserError
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
@@ -53,15 +53,15 @@ def write_copy(
     there = layout.variables(store.spec)
     left_out = [name for name in layout.OMISSIBLE if name in there and name in (*store.omitted, *omit)]
     create_copy(store, path, left_out, compress)
-    copy = StoreReader(path)
+    copy, rankings = StoreReader(path), {name: store.ranking(name) for name in store.rankings}
     for shard in range(store.n_shards):
         record, arrays = read_shard(store, shard, left_out)
         kept = own_fields(record)
         if "attribution" in left_out:
             kept["attribution_sha256"] = store.attribution_sha256(record)
         written = write_shard(path, store.spec, store.n_images, shard, arrays, kept)
-        for name in store.rankings:
-            record, arrays = read_shard(store.ranking(name), shard)
+        for name, ranking in rankings.items():
+            record, arrays = read_shard(ranking, shard)
             kept = {**own_fields(record), "attribution_sha256": copy.attribution_sha256(written)}
             write_rank_shard(path, name, store.spec, store.n_images, shard, arrays, kept)
         first, last = store.bounds(shard)
@@ -81,6 +81,15 @@ def create_copy(store: StoreReader, path: Path, omitted: Sequence[str], compress
         ranking = store.ranking(name)
         of_ranking = ranking_attributes(store.spec, ranking.score, ranking.block)
         create_ranking(path, name, block=ranking.block, attributes=of_ranking)
+
+
+def check_sealed(store: StoreReader) -> None:
+    """Raise `DamagedStoreError` unless a store's attributes are what they were when they were written."""
+    if not files.is_sealed(store.attributes):
+        raise DamagedStoreError(
+            f"the attributes of {store.where} have changed since they were written; the `igstore build` that made the "
+            "store repairs them"
+        )
 
 
 def check_finished(store: StoreReader) -> None:
@@ -105,15 +114,16 @@ def read_shard(group: Sharded, shard: int, omit: Sequence[str] = ()) -> tuple[Re
     Raises
     ------
     DamagedStoreError
-        A file is not the one that was recorded.
+        The record is not as it was written, or a file is not the one that was recorded.
     """
     record, where = group.records[shard], group.shard_files(shard)
     wanted = [name for name in group.variables if name not in omit]
-    for name in wanted:
-        problem = group.form.problem(where[name], record["files"][where[name]])
+    problems = {where[name]: group.form.problem(where[name], record["files"][where[name]]) for name in wanted}
+    problems[group.record_file(shard)] = "" if files.is_sealed(record) else "has changed since it was written"
+    for file, problem in problems.items():
         if problem:
             raise DamagedStoreError(
-                f"{group.where}/{where[name]} {problem}; `igstore verify {group.where}` says all that is damaged, the "
+                f"{group.where}/{file} {problem}; `igstore verify {group.where}` says all that is damaged, the "
                 "`igstore build` that made the store repairs it"
             )
     return record, {name: group.values(name, shard, record) for name in wanted if name not in layout.LISTED}

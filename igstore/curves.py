@@ -107,6 +107,10 @@ def insertion_deletion(
         The store's own model cannot be loaded with the weights that made the store.
     ModelError
         The network does not classify such images, or its outputs are not finite.
+
+    >>> curves = insertion_deletion("toy.zarr", steps=4)
+    >>> sorted(curves.data_vars), curves.sizes["image"]
+    (['auc', 'probability'], 4)
     """
     from igstore.devices import find_device
     from igstore.probability import target_probabilities
@@ -157,7 +161,7 @@ def insertion_deletion(
             "changed": (STEP, fraction),
         },
         {
-            "store": reader.root.name,
+            "store": reader.where.rpartition("/")[2],
             "model": classifier.name,
             "weights": classifier.weights,
             "weights_sha256": classifier.weights_sha256,

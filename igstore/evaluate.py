@@ -77,7 +77,7 @@ def evaluate(
     stores
         Ranked stores, as paths or readers.
     models
-        Who is shown the images: names as `load_classifier` takes them, or `Classifier`s. None is each store's own
+        Who is shown the images: names as `load_classifier` takes them, or each a `Classifier`. None is each store's own
         model, loaded by the name and weights that it records.
     weights
         As `load_classifier` takes them (None is a model's default), for the models given by name, or for the stores'

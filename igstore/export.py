@@ -10,9 +10,10 @@ from typing import Any
 
 from igstore import cli, layout
 from igstore.appearing import appearing
-from igstore.copies import check_finished, write_copy
+from igstore.copies import check_finished, check_sealed, write_copy
 from igstore.errors import UserError
 from igstore.hdf5_writer import write_hdf5
+from igstore.interchange import write_quantus, write_virelay
 from igstore.progress import Progress
 from igstore.reader import StoreReader
 from igstore.schema import Compress, check_choice
@@ -48,6 +49,8 @@ FORMATS = {
     "zarr": Format("a copy of the store", write_copy, frozenset({"compress"})),
     "ranks": Format("a copy without maps and pixels, to share more widely", _write_ranks, frozenset({"compress"})),
     "hdf5": Format("one HDF5 file", write_hdf5),
+    "quantus": Format("a folder of arrays for Quantus's metrics", write_quantus),
+    "virelay": Format("a project of ViRelAy's", write_virelay),
 }
 
 
@@ -70,7 +73,8 @@ def export_store(
     format
         ``"zarr"``, a copy, which is also the way back from HDF5 and from a compressed store; ``"ranks"``, one without
         maps and pixels, with which whoever has the images can do everything but look at the maps and rank anew;
-        ``"hdf5"``, one file that h5py and xarray read.
+        ``"hdf5"``, one file that h5py and xarray read; ``"quantus"`` and ``"virelay"``, what those programs take, as
+        `igstore.interchange` says.
     compress
         ``"zstd"`` compresses the image-shaped arrays of Zarr formats, one image at a time.
     show_progress
@@ -88,6 +92,12 @@ def export_store(
         There is something at `out`.
     DamagedStoreError
         A shard of the store is not what its record says; nothing damaged is passed on.
+
+    >>> from igstore import keep_mask
+    >>> export_store("toy.zarr", "thin.zarr", format="ranks").name
+    'thin.zarr'
+    >>> keep_mask("thin.zarr", p=50).sizes["image"]
+    4
     """
     check_choice("format", format, FORMATS)
     given: dict[str, Any] = {"compress": compress}
@@ -99,6 +109,7 @@ def export_store(
     if compress is not None:
         check_choice("compress", compress, Compress)
     reader = StoreReader.of(store)
+    check_sealed(reader)
     check_finished(reader)
     with (
         appearing(target) as making,

@@ -50,7 +50,8 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     alignment = {"alignment_threshold": _ALIGNMENT, "alignment_interval": _ALIGNMENT}
     # the oldest format in which an attribute may exceed 64 kB, as a list of class names may
     with h5py.File(path, "x", libver=("v110", "v110"), **alignment) as file:
-        _lay_out(file, store, None, {name: value for name, value in store.attributes.items() if name != "compress"})
+        raw = {name: value for name, value in store.attributes.items() if name != "compress"}
+        _lay_out(file, store, None, files.sealed(raw))
         for ranking in rankings:
             attributes = ranking_attributes(store.spec, ranking.score, ranking.block)
             _lay_out(file, ranking, ranking.name, attributes)

@@ -99,6 +99,13 @@ def import_maps(
         maps, or something else is in its place.
     ModelError
         The network is not a classifier of such images.
+
+    >>> import numpy as np, torch
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5))
+    >>> images = [("grey", np.full((8, 8, 3), 128, np.uint8), 3), ("pale", np.full((8, 8, 3), 200, np.uint8), None)]
+    >>> info = import_maps(np.ones((2, 8, 8), np.float32), network, images, "theirs.zarr", made_by="a captain's guess")
+    >>> info.n_built, info.settings["method"]
+    (2, 'imported')
     """
     from igstore.builder import run_build
     from igstore.devices import find_device

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from igstore import cli, layout
 from igstore.appearing import appearing
-from igstore.copies import own_fields
+from igstore.copies import check_sealed, own_fields
 from igstore.errors import DamagedStoreError, SettingsMismatchError, UserError
 from igstore.images import fingerprint
 from igstore.integrity import check_shards
@@ -134,6 +134,7 @@ class _Merge:
         if len(parts) < 2:
             raise UserError("one store cannot be merged; give two or more")
         for part in parts:
+            check_sealed(part)
             _check_whole(part)
             _check_settings(parts[0], part)
         self.parts = parts
@@ -283,9 +284,10 @@ class _Merge:
             seconds += record.get("seconds", 0.0) * (steps / every if every else len(places) / (last - first))
             is_whole &= len(places) == last - first and "in_top5" in record
             in_top5 += record.get("in_top5", 0)
-        fields |= {"failed": failed, "evaluations": evaluations, "seconds": round(seconds, 3)}
-        fields.pop("in_top5", None)
-        return {**fields, "in_top5": in_top5} if is_whole else fields
+        fields |= {"failed": failed, "evaluations": evaluations, "seconds": round(seconds, 3), "in_top5": in_top5}
+        if not is_whole:
+            del fields["in_top5"]
+        return fields
 
     def _common_record(self, groups: Sequence[Sharded], shard: int) -> dict[str, Any]:
         """What the records of all shards that a merged one is put together from say together."""

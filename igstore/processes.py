@@ -182,16 +182,21 @@ def _work(connection: Connection, device: torch.device, batch_size: int | None, 
     signal.signal(signal.SIGTERM, terminate)
     logging.basicConfig(level=logging.WARNING, format=f"igstore: {device}: %(message)s", stream=sys.stderr)
     try:
-        build: Build = pickle.loads(connection.recv_bytes())
-        with Worker(build, device=device, batch_size=batch_size, workers=workers) as worker:
-            connection.send(_READY)
-            connection.recv()  # that the store is there
-            with at_work(build.path):
-                worker.attribute(_asked_for(connection), connection.send)
+        try:
+            build: Build = pickle.loads(connection.recv_bytes())
+            with Worker(build, device=device, batch_size=batch_size, workers=workers) as worker:
+                connection.send(_READY)
+                connection.recv()  # that the store is there
+                with at_work(build.path):
+                    worker.attribute(_asked_for(connection), connection.send)
+        except ConnectionError:
+            raise
+        except (IgstoreError, OSError) as error:
+            connection.send(error)
     except (KeyboardInterrupt, EOFError, ConnectionError):
         sys.exit(cli.TERMINATED)  # the parent stops us, or is gone
-    except (IgstoreError, OSError) as error:
-        connection.send(error)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _asked_for(connection: Connection) -> Iterator[int]:

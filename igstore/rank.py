@@ -15,7 +15,7 @@ import numpy as np
 from dask.callbacks import Callback
 
 from igstore import __version__, cli, layout
-from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, block_ranks, block_shares, block_sums, check_block
+from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, check_block, rank_blocks
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
 from igstore.integrity import withdraw_damaged
 from igstore.presence import at_work
@@ -27,7 +27,7 @@ from igstore.store import create_ranking, write_rank_shard
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 32  # images in memory at a time, besides the ranks and shares of the shard
+_BATCH = 4  # images at a time: what is worked out of them stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -153,15 +153,12 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     }
     for start in range(0, len(maps), _BATCH):
         batch = slice(start, start + _BATCH)
-        sums = block_sums(maps[batch], block, score)  # (image, block_y, block_x)
         try:
-            ranks = block_ranks(sums)
+            arrays["rank"][batch], arrays["share"][batch] = rank_blocks(maps[batch], block, score)
         except UserError as error:
             raise DamagedStoreError(
                 f"in {root}, from image {first + start}: {error} (delete {layout.record_file(shard)} first)"
             ) from error
-        arrays["rank"][batch] = ranks
-        arrays["share"][batch] = block_shares(sums, ranks)
     provenance = {"attribution_sha256": store.attribution_sha256(record), "versions": {"igstore": __version__}}
     write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
     return len(maps)

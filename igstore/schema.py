@@ -68,6 +68,11 @@ class Preprocessing:
     mean, std
         Per channel, in [0, 1] units: the network sees ``(pixels / 255 - mean) / std``.
 
+    Raises
+    ------
+    UserError
+        A value is not allowed.
+
     >>> Preprocessing(resize=256, crop=(224, 224)).mean
     (0.485, 0.456, 0.406)
     """
@@ -100,6 +105,43 @@ class BuildSpec:
 
     Device, batch size, library versions and times are recorded per shard and are not part of it; nor is how many
     images of the list are built (`--limit`), so that a store can grow.
+
+    Parameters
+    ----------
+    model, weights, weights_sha256
+        The classifier, as `Classifier` names it.
+    preprocessing
+        How an image becomes the network's input.
+    images_fingerprint
+        sha256 of the whole list of images.
+    baseline
+        Where the path begins, in pixel space.
+    target, output
+        Which class is attributed, and what of it: its logit or its softmax probability.
+    method, n_steps
+        The quadrature rule, and its gradient evaluations an image, 1 to 32767.
+    max_error, max_steps
+        Both or neither: the steps of an image are doubled while its completeness error exceeds `max_error` and they
+        stay within `max_steps`.
+    precision
+        Arithmetic of the gradients.
+    reduce
+        How channels become one map.
+    pixels
+        Whether the store holds the images' pixels.
+    shard_size
+        Images a shard.
+    seed
+        Of the noise baseline, at least 0.
+    maps_by, maps_sha256
+        What made maps that were imported, and their checksum.
+    format_version
+        Of the store's layout.
+
+    Raises
+    ------
+    UserError
+        A value is not allowed, or two do not go together.
 
     >>> plain = Preprocessing(resize=None, crop=(24, 24))
     >>> few, many = (BuildSpec("toy", "own", "0" * 64, plain, "f" * 64, n_steps=m) for m in (20, 50))
@@ -161,6 +203,11 @@ class BuildSpec:
                 raise UserError(f"max_error is {self.max_error}; it must be a positive number, e.g. 0.05")
             if not self.n_steps <= self.max_steps <= 32767:
                 raise UserError(f"max_steps is {self.max_steps}; it must be between n_steps ({self.n_steps}) and 32767")
+
+    @property
+    def made_by(self) -> str:
+        """What made the maps, in words."""
+        return self.maps_by or f"Integrated Gradients by {self.method}, {self.n_steps} steps"
 
     def to_attributes(self) -> dict[str, Any]:
         """The spec as JSON-ready attributes of a store's root group, preprocessing flattened into them.

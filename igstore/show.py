@@ -210,17 +210,20 @@ def _percent(share: float) -> str:
 
 def _notes(store: StoreReader, cell: MaskOptions) -> list[str]:
     spec = store.spec
-    rule = {
+    rules = {
         "mass": f"the fewest {cell.block}x{cell.block} blocks that hold p% of the image's {cell.score} attribution",
         "count": f"the p% of {cell.block}x{cell.block} blocks with the most {cell.score} attribution",
-    }[cell.select]
+    }
+    rule = rules.get(
+        cell.select, f"the top p% by {cell.select} of {cell.block}x{cell.block} blocks, {cell.score} scores"
+    )
     if cell.order == "random":
         rule = f"the control: as many random blocks as {rule} are"
     return [
         f"top shows {rule}; bottom shows the rest. What is hidden is filled with {cell.fill.replace('_', ' ')}.",
         "Attribution: vermillion speaks for the attributed class, blue against it; "
         f"sums over blocks, full colour from the image's {100 * _FULL_COLOUR:.0f}th percentile.",
-        f"{spec.model}, weights {spec.weights}; Integrated Gradients by {spec.method}, {spec.n_steps} steps, "
+        f"{spec.model}, weights {spec.weights}; {spec.made_by}, "
         f"baseline {spec.baseline}, of the {spec.target}'s {spec.output}.",
     ]
 

@@ -140,8 +140,11 @@ def describer(rows: Sequence[Row]) -> Callable[[Row], str]:
 
     def describe(row: Row) -> str:
         whose = f"Masks of {row.store_model}" if row.store_settings_sha256 in shared else "Own masks"
+        how = f"{row.baseline} baseline, {row.target} as target, {row.n_steps} steps"
+        if not row.n_steps:  # imported maps
+            how = f"made by {row.method}, {row.target} as target"
         return (
-            f"{whose} ({row.baseline} baseline, {row.target} as target, {row.n_steps} steps); "
+            f"{whose} ({how}); "
             f"p by {row.select}, {row.score} scores of {row.block}x{row.block} blocks; {row.fill} fill."
         )
 

@@ -163,6 +163,11 @@ def keep_mask(
     -------
     bool DataArray (image, y, x), or (p, image, y, x), otherwise as `masked_view`.
 
+    Raises
+    ------
+    UserError
+        A value is not allowed, or there is no such store or ranking; the message says what to run.
+
     >>> top, bottom = (keep_mask("toy.zarr", p=50, keep=keep) for keep in ("top", "bottom"))
     >>> bool((top ^ bottom).all())
     True

@@ -171,8 +171,9 @@ class Worker:
             reasons_by_id.pop(ids[first + place], None)
             if reason := str(arrays["reason"][0]):
                 reasons_by_id[ids[first + place]] = reason
-        in_top5 = record["in_top5"] + sum(int(arrays["in_top5"][0]) for arrays in changed.values())
         kept = {name: value for name, value in record.items() if name not in ("shard", "images", "files")}
-        kept |= {"failed": reasons_by_id, "in_top5": in_top5, "evaluations": int(whole["n_steps"].sum())}
+        kept |= {"failed": reasons_by_id, "evaluations": int(whole["n_steps"].sum())}
+        if "in_top5" in record:  # not known of shards that a merge has mixed
+            kept["in_top5"] += sum(int(arrays["in_top5"][0]) for arrays in changed.values())
         with writing(self._build.path):
             write_shard(self._build.path, store.spec, store.n_images, shard, whole, kept)

@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     cli.say(
         f"{count} photographs say little; the point is that this is the whole way.",
         f"open this    {page}",
-        f"look closer  igstore view {store}",
+        f"look closer  {Path(sys.executable).parent / 'igstore'} view {store}",
         f"use it       MaskedImageNet({str(store)!r}, p=50, keep='bottom')",
     )
     return cli.DONE

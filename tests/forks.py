@@ -117,13 +117,13 @@ def slow_ranks(seconds: float) -> None:
     """Rank as slowly as if images were large."""
     import igstore.rank
 
-    block_sums = igstore.rank.block_sums
+    rank_blocks = igstore.rank.rank_blocks
 
     def slow(*arguments: Any) -> Any:
         time.sleep(seconds)
-        return block_sums(*arguments)
+        return rank_blocks(*arguments)
 
-    igstore.rank.block_sums = slow
+    igstore.rank.rank_blocks = slow
 
 
 def _run(request: dict[str, Any]) -> None:
@@ -153,6 +153,8 @@ def _serve() -> None:
     import torch
 
     import igstore.build
+    import igstore.forecast
+    import igstore.hiring
     import igstore.verify  # noqa: F401
 
     torch.set_num_threads(1)

@@ -173,9 +173,13 @@ def test_the_machine_is_described():
 
 
 def test_rates_are_work_over_the_fastest_time(monkeypatch):
-    seconds = iter([0.0, 3.0, 3.0, 5.0, 5.0, 9.0] + [10.0, 20.0] * 4)  # the fastest of seven takes 2
+    product = [0.0, 3.0, 3.0, 5.0, 5.0, 9.0] + [10.0, 20.0] * 4  # the fastest of seven takes 2
+    monkeypatch.setattr(machine, "_CONVOLVED", ((2, 3),))
+    seconds = iter(product + [0.0, 4.0] * 7)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(seconds))
     assert machine.matrix_rate(CPU) == 2 * 32**3 / 2
+    seconds = iter(product + [0.0, 0.25] * 7)
+    assert machine.matrix_rate(CPU) == 2 * (16 * 3 * 3) * 2 * (2 * 9) / 0.25
     seconds = iter([0.0, 4.0] + [0.0, 8.0] * 6)
     assert machine.copy_rate(CPU) == 2 * 4096 / 4
 
@@ -185,7 +189,7 @@ def test_work_is_counted_by_hand(batch_size):
     network = nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.Flatten(), nn.Linear(6 * 5 * 5, 10)
     ).requires_grad_(False)
-    flops, n_bytes = floor.count_work(network, (16, 16), batch_size=batch_size, item_bytes=4)
+    flops, n_bytes = floor.count_work(network, (3, 16, 16), batch_size=batch_size, item_bytes=4)
     image, first, second, last = 3 * 16 * 16, 6 * 7 * 7, 6 * 5 * 5, 10
     w1, w2, w3 = 6 * 3 * 9, 6 * 2 * 9, second * 10
     # each multiplication and addition once forwards and once backwards

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from igstore.blocks import SCORES, block_grid, block_ranks, block_shares, block_sums, check_block, expand, rank_dtype
+from igstore import blocks
+from igstore.blocks import (
+    SCORES,
+    block_grid,
+    block_ranks,
+    block_shares,
+    block_sums,
+    check_block,
+    expand,
+    rank_blocks,
+    rank_dtype,
+)
 from igstore.errors import UserError
 from igstore.schema import Score
 
@@ -379,3 +390,95 @@ def test_no_images_give_no_ranks():
     scores = block_sums(np.empty((0, 8, 8), np.float16))
     ranks = block_ranks(scores)
     assert scores.shape == ranks.shape == block_shares(scores, ranks).shape == (0, 3, 3)
+
+
+# ranks and shares at once
+
+
+def assert_ranked_as_defined(maps: np.ndarray, block: int, score: str) -> None:
+    sums = block_sums(maps, block, score)
+    expected = block_ranks(sums)
+    ranks, shares = rank_blocks(maps, block, score)
+    np.testing.assert_array_equal(ranks, expected, strict=True)
+    np.testing.assert_array_equal(shares, block_shares(sums, expected), strict=True)
+
+
+@pytest.fixture
+def only_fixed_point(monkeypatch):
+    """The plain way is closed inside `rank_blocks`, so that agreement with it means something."""
+    taken = blocks._fixed_point_sums
+
+    def sums(*arguments):
+        found = taken(*arguments)
+        assert found is not None
+        return found
+
+    monkeypatch.setattr(blocks, "_fixed_point_sums", sums)
+
+
+STORED = st.floats(width=16, min_value=np.float16(-1.999), max_value=np.float16(1.999))  # subnormal ones included
+EXTREMES = st.sampled_from([0.0, -0.0, 2.0**-24, -(2.0**-24), 1.999, -1.999, 1.0])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("elements", [STORED, EXTREMES], ids=["any", "ties and extremes"])
+def test_stored_maps_are_ranked_in_fixed_point_as_defined(score, elements, only_fixed_point):
+    @given(
+        hnp.arrays(np.float16, GRIDS.map(lambda shape: (shape[0] + 1, *shape[1:])), elements=elements),
+        st.integers(1, 7),
+    )
+    @several
+    def check(maps, block):
+        assert_ranked_as_defined(maps, block, score)
+
+    check()
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("side", [224, 299])
+def test_large_maps_are_ranked_in_fixed_point_as_defined(score, side, only_fixed_point):
+    assert_ranked_as_defined(random_maps(3, side, side), 3, score)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("block", [7, 8])
+def test_the_largest_sums_do_not_overflow(sign, block):
+    largest = np.nextafter(np.float16(2), np.float16(0))
+    maps = np.full((1, 16, 16), sign * largest)
+    maps[0, :8, :8] = sign
+    assert_ranked_as_defined(maps, block, "signed")
+
+
+@pytest.mark.parametrize("score", SCORES)
+@given(maps=maps_of(max_channels=3) | maps_of(), block=st.integers(1, 12))
+@several
+def test_any_maps_are_ranked_as_defined(score, maps, block):
+    assert_ranked_as_defined(maps, block, score)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_maps_of_other_dtypes_are_ranked_as_defined(dtype):
+    assert_ranked_as_defined(np.random.default_rng(0).standard_normal((2, 20, 20)).astype(dtype), 3, "positive")
+
+
+def test_views_are_ranked_as_defined(only_fixed_point):
+    assert_ranked_as_defined(random_maps(4, 20, 30)[::2, ::-1].transpose(0, 2, 1), 3, "positive")
+
+
+def test_no_maps_give_no_ranks_at_once():
+    ranks, shares = rank_blocks(np.empty((0, 7, 7), np.float16))
+    assert ranks.shape == shares.shape == (0, 3, 3)
+    assert (ranks.dtype, shares.dtype) == (np.uint16, np.float32)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_maps_that_are_not_finite_are_not_ranked_at_once(bad):
+    maps = random_maps(3, 8, 8)
+    maps[1, 2, 3] = bad
+    with pytest.raises(UserError, match=r"1 of 3 .* position 1"):
+        rank_blocks(maps)
+
+
+def test_a_score_that_makes_finer_fractions_is_ranked_as_defined(monkeypatch):
+    monkeypatch.setitem(SCORES, "square", np.square)
+    assert_ranked_as_defined(random_maps(2, 20, 20), 3, "square")

@@ -35,7 +35,13 @@ def place(tmp_path_factory) -> Path:
         pixels = np.random.default_rng(index).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "photographs" / f"{index}.png")
     (folder / "labels.csv").write_text("file,class_index\n0.png,1\n1.png,2\n")
+    np.save(folder / "maps.npy", np.random.default_rng(2).normal(size=(2, 24, 24)).astype(np.float32))
     make_store(folder / "toy.zarr", 6, size=(24, 24))
+    for part in (1, 2):
+        store, classifier = folder / f"part{part}.zarr", igstore.load_classifier(NETWORK, crop=24)
+        igstore.build_store(
+            classifier, folder / "photographs", store, n_steps=2, shard_size=1, part=f"{part}/2", rank=False
+        )
     evaluation = [
         "evaluate",
         str(folder / "toy.zarr"),
@@ -61,11 +67,24 @@ ARGUMENTS = {
     "view": (["toy.zarr", "--save", "page"], "page"),
     "verify": (["toy.zarr"], "findings"),
     "completion": (["bash"], "script"),
+    "curves": (["toy.zarr", "--model", NETWORK, "--steps", "2"], "auc"),
+    "import": (
+        ["maps.npy", "--made-by", "nobody", "--images", "photographs", "--model", NETWORK, "--crop", "24"],
+        "n_built",
+    ),
+    "merge": (["part1.zarr", "part2.zarr", "--out", "whole.zarr"], "n_images"),
+    "export": (["toy.zarr", "copy.zarr"], "path"),
 }
 
 STATUS = {"verify": cli.FAILED}  # the toy's outputs are made up, and so not those that its maps add up to
 
-WITH_RESULT = {"evaluate", "info", "verify", "completion"}  # the others make files, and are silent about it when quiet
+WITH_RESULT = {
+    "evaluate",
+    "curves",
+    "info",
+    "verify",
+    "completion",
+}  # the others make files, and are silent about it when quiet
 
 
 @pytest.fixture
@@ -142,6 +161,15 @@ def test_the_table_of_contents_names_every_command(capsys):
     for command, purpose in COMMANDS.items():
         assert any(line.split() == [command, *purpose.split()] for line in lines)
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(("given", "said"), [("bild", "did you mean build?"), ("x", ", ".join(COMMANDS))])
+def test_an_unknown_command_is_a_mistake(given, said, capsys):
+    assert main([given]) == cli.MISUSED
+    assert (
+        capsys.readouterr().err
+        == f"igstore: there is no command {given!r}; {'' if '?' in said else 'there are '}{said}\n"
+    )
 
 
 def test_parsers_need_no_torch():

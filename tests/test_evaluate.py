@@ -510,7 +510,7 @@ def test_the_command_prints_the_tables(own: Path, tmp_path: Path, capsys: pytest
     lines = printed.out.splitlines()
     assert [line.split(".")[0] for line in lines if line.startswith("Table")] == ["Table 1", "Table 2", "Table 3"]
     assert max(map(len, lines)) <= 100
-    assert lines[-1] == f"results in {out}"
+    assert printed.err.splitlines()[-1] == f"results in {out}"
     assert "12/12 images" in printed.err
     [row] = [row for row in read_rows(out) if (row.p, row.keep) == (90, "top")]
     [line] = [line for line in lines if line.startswith("test_evaluate:by_name")][:1]
@@ -539,7 +539,7 @@ def test_the_command_mentions_images_that_are_left_out(
     monkeypatch.setattr("igstore.evaluate.evaluate", stop)  # what comes after the note is of no interest here
     with pytest.raises(KeyboardInterrupt):
         main([str(store)])
-    assert "1 images that failed and 0 not built" in capsys.readouterr().out
+    assert "1 images that failed and 0 not built" in capsys.readouterr().err
 
 
 def test_the_command_reports_mistakes_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import tensorstore
 import xarray as xr
 import zarr
 from networks import Smooth
+from servers import http_server
 from stores import make_store
 
 from igstore import (
@@ -104,6 +105,13 @@ def test_a_copy_is_the_store_byte_for_byte(store, out):
     assert contents(out) == contents(store)
 
 
+def test_a_store_behind_a_url_is_copied(store, out):
+    with http_server(store.parent) as served:
+        export_store(f"{served.url}/{store.name}", out, format="ranks")
+        assert not served.asked("attribution/c")  # what is left out is not fetched
+    assert contents(out) == contents(export_store(store, out.with_name("local"), format="ranks"))
+
+
 @pytest.mark.parametrize("way", ["zstd", "ranks zstd"])
 def test_copies_hold_the_same_as_zarr_and_tensorstore_read_them(store, out, way):
     export_store(store, out, **FORMS[way])
@@ -154,9 +162,10 @@ def test_compression_is_a_codec_that_other_programs_have(store, out):
 
 
 def test_a_compressed_store_is_smaller_where_maps_are_plain(tmp_path, out):
-    plain = make_store(tmp_path / "plain.zarr", failed=range(10))  # maps and pixels all zero
+    plain = make_store(tmp_path / "plain.zarr", size=(48, 48), failed=range(10))  # maps and pixels all zero
     export_store(plain, out, compress="zstd")
-    assert sum(map(len, contents(out).values())) < sum(map(len, contents(plain).values())) / 2
+    for name in ("attribution/c/0/0/0", "pixels/c/0/0/0/0"):
+        assert (out / name).stat().st_size < (plain / name).stat().st_size / 20
 
 
 def test_and_back(store, out):
@@ -301,10 +310,45 @@ def test_hdf5_says_all_that_the_store_says(store, out):
         assert json.loads(file.attrs["crop"]) == [16, 16]
         group = zarr.open_group(store / "ranks/absolute-5", mode="r")
         assert json.loads(file["ranks/absolute-5"].attrs["igstore"]) == dict(group.attrs)
-        for name, records in {"build": reader.records} | {one: reader.ranking(one).records for one in RANKINGS}.items():
+        ranked = {name: reader.ranking(name).records for name in RANKINGS}
+        for name, records in ({"build": reader.records} | ranked).items():
             found = [json.loads(record) for record in file[f"records/{name}"].asstr()]
             assert [own(record) for record in found] == [own(records[shard]) for shard in range(3)]
             assert all(map(is_sealed, found))
+
+
+@pytest.mark.parametrize("way", ["zarr", "zstd", "ranks"])
+def test_hdf5_is_a_store_and_leads_back(store, out, way):
+    """Whatever a store is copied to and from, what it holds stays the same."""
+    first, file, back = out.with_name("first"), out.with_name("file.h5"), out.with_name("back")
+    export_store(store, first, **FORMS[way])
+    export_store(first, file, format="hdf5")
+    assert verify_store(file) == []
+    export_store(file, back)
+    assert verify_store(back) == []
+    if way == "ranks":
+        assert contents(back) == contents(first)
+        assert StoreReader(file).omitted == ("attribution", "pixels")
+    else:
+        assert contents(back) == contents(store)
+        for (image, label), (expected, target) in zip(MaskedImageNet(file), MaskedImageNet(store), strict=True):
+            assert label == target
+            np.testing.assert_array_equal(image, expected)
+
+
+def test_damage_to_an_hdf5_file_is_found(store, out):
+    export_store(store, out, format="hdf5")
+    with h5py.File(out) as file:
+        offset = file["attribution"].id.get_offset()
+    with out.open("r+b") as file:
+        file.seek(offset + 8 * 16 * 16 * 2)  # the first byte of shard 1
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    (finding,) = [finding for finding in verify_store(out) if not finding.is_missing]
+    assert (finding.shard, finding.array) == (1, "attribution")
+    with pytest.raises(DamagedStoreError, match="attribution/c/1/0/0 has changed"):
+        export_store(out, out.with_name("back"))
 
 
 def test_hdf5_records_check_the_pieces(store, out):
@@ -394,6 +438,19 @@ def test_damage_is_not_passed_on(tmp_path, out, options):
     with pytest.raises(DamagedStoreError, match=r"ranks/positive-3/share/c/1/0/0 has changed"):
         export_store(path, out, **options)
     assert list(out.parent.iterdir()) == []
+
+
+def test_damaged_records_and_attributes_are_not_passed_on(tmp_path, out):
+    for name, field in (("records/00001.json", ("seconds", 7.0)), ("zarr.json", None)):
+        path = make_store(tmp_path / Path(name).stem)
+        content = json.loads((path / name).read_text())
+        if field:
+            content |= [field]
+        else:
+            content["attributes"]["class_names"][0] = "wasp"
+        (path / name).write_text(json.dumps(content))
+        with pytest.raises(DamagedStoreError, match="changed since"):
+            export_store(path, out)
 
 
 @each_form

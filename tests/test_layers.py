@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "igstore"
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
 errors schema files progress cli commands completion parts
-quadrature blocks masks memory acceleration imagenet images normalisation weights baselines
+quadrature blocks masks memory acceleration stem imagenet images normalisation weights baselines
 models attribution layout given_maps hdf5
 cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair
@@ -22,7 +22,7 @@ staging presence decoding pixels masking schedulers
 views dataset batches
 devices provenance plan attributor importer shards worker processes cluster proportions results tables results_folder
 info rank recompute verify
-appearing copies hdf5_writer export merge
+appearing copies hdf5_writer interchange export merge
 builder hiring forecast build imported
 showing probability evaluate show view
 charts curves findings figures summaries page sections report
@@ -33,7 +33,7 @@ WITHOUT_TORCH = """
 errors schema files progress cli commands completion parts schedulers build imported given_maps evaluate quadrature blocks masks imagenet images baselines layout
 cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair staging presence decoding pixels masking views info rank verify
-hdf5 appearing copies hdf5_writer export merge
+hdf5 appearing copies hdf5_writer interchange export merge
 show view proportions results tables
 results_folder charts curves findings figures summaries page sections report
 """.split()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from networks import Smooth
 
 from igstore import (
@@ -98,6 +99,15 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
+def images(path: Path) -> dict[str, dict[str, bytes]]:
+    """What a store holds of each image, by its id, as zarr reads it."""
+    arrays = {name: array[:] for name, array in zarr.open_group(path, mode="r").arrays()}
+    ranks = zarr.open_group(path / "ranks", mode="r")
+    arrays |= {f"{name}/{one}": array[:] for name, ranking in ranks.groups() for one, array in ranking.arrays()}
+    ids = arrays.pop("image_id").tolist()
+    return {image_id: {name: array[at].tobytes() for name, array in arrays.items()} for at, image_id in enumerate(ids)}
+
+
 def pieces(path: Path) -> dict[str, bytes]:
     """The files of all arrays."""
     return {name: content for name, content in contents(path).items() if "/c/" in name}
@@ -141,17 +151,19 @@ def test_parts_with_a_limit_are_the_beginning_of_the_list(whole, tmp_path, out):
 
 def test_lists_of_different_images_make_the_store_of_all(whole, halves, out):
     merge_stores(halves, out)
-    assert pieces(out) == pieces(whole)
+    assert images(out) == images(halves[0]) | images(halves[1])
     store = StoreReader(out)
     assert store.spec == StoreReader(whole).spec  # and so the fingerprint
     assert store.spec.images_fingerprint == as_image_list(Images(list(range(N)))).fingerprint
     assert verify_store(out) == []
     assert store.attributes["complete"]
     # plain xarray sees one list in order
-    opened = xr.open_zarr(out)
-    xr.testing.assert_identical(opened.drop_attrs(), xr.open_zarr(whole).drop_attrs())
-    build(out, range(N))  # it is the store of these images, and nothing is left to do
-    assert pieces(out) == pieces(whole)
+    xr.testing.assert_allclose(xr.open_zarr(out), xr.open_zarr(whole), rtol=1e-3)  # batches were others
+    before = contents(out)
+    build(out, range(N), broken=None)  # it is the store of these images: only the one that failed is left to do
+    changed = {name for name, content in contents(out).items() if content != before[name]}
+    assert not any("00000" in name or "/c/0" in name for name in changed)
+    assert verify_store(out) == []
 
 
 def test_records_say_what_is_known_of_each_shard(whole, halves, out):
@@ -167,7 +179,7 @@ def test_records_say_what_is_known_of_each_shard(whole, halves, out):
         sum(record["seconds"] for part in parts for record in part.records.values()), abs=0.001 * merged.n_shards
     )
     info = store_info(out)
-    assert info.failed == store_info(whole).failed == {"image_005": "torn out"}
+    assert info.failed == store_info(whole).failed == {"image_005": "OSError: torn out"}
     assert (info.top1, info.evaluations) == (store_info(whole).top1, store_info(whole).evaluations)
     assert info.top5 is None
 
@@ -204,13 +216,9 @@ def test_a_ranking_is_carried_over_where_all_parts_have_it(whole, halves, tmp_pa
     assert verify_store(again.path) == []
 
 
-def test_compressed_parts(whole, halves, tmp_path, out):
+def test_compressed_parts(halves, tmp_path, out):
     merge_stores([export_store(half, tmp_path / half.name, compress="zstd") for half in halves], out)
-    assert pieces(out) == pieces(whole)
-
-
-def relabel(images: Images) -> None:
-    images.targets = [(label + 1) % N_CLASSES for label in images.targets]
+    assert images(out) == images(halves[0]) | images(halves[1])
 
 
 @pytest.mark.parametrize(
@@ -247,17 +255,17 @@ def test_other_names_of_classes_are_refused(halves, tmp_path, out, monkeypatch):
 
 
 def test_other_labels_are_refused(halves, tmp_path, out):
-    images = Images([2, 3])
-    images.targets = [6, 3]
+    listed = Images([2, 3])
+    listed.targets = [6, 3]
     other = tmp_path / "other.zarr"
-    build_store(NETWORK, images, other, **SETTINGS)
+    build_store(NETWORK, listed, other, **SETTINGS)
     with pytest.raises(SettingsMismatchError, match=r"image_002 has label 2 in .*even.zarr and 6 in .*other.zarr"):
         merge_stores([halves[0], other], out)
 
 
 def test_other_maps_of_the_same_image_are_refused(halves, tmp_path, out, monkeypatch):
-    change = Images.__getitem__
-    monkeypatch.setattr(Images, "__getitem__", lambda self, index: (change(self, index)[0] // 2, self.targets[index]))
+    read = Images.__getitem__
+    monkeypatch.setattr(Images, "__getitem__", lambda self, index: (read(self, index)[0] // 2, self.targets[index]))
     other = build(tmp_path / "other.zarr", [2, 3])
     with pytest.raises(
         SettingsMismatchError, match=r"image_002 has another attribution in .*delete records/00000.json"

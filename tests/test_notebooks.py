@@ -68,4 +68,6 @@ def test_it_runs(path, place, monkeypatch):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 2
-    assert not [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    assert not [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"
+    ]

@@ -255,9 +255,9 @@ def test_a_shard_that_is_built_again_while_it_is_ranked(path, maps, monkeypatch)
     def overtaken(*arguments: Any) -> np.ndarray:
         monkeypatch.undo()
         write_maps(path, changed, 0)
-        return rank.block_sums(*arguments)
+        return rank.rank_blocks(*arguments)
 
-    monkeypatch.setattr(rank, "block_sums", overtaken)
+    monkeypatch.setattr(rank, "rank_blocks", overtaken)
     with dask.config.set(scheduler="synchronous"):
         rank_store(path)
     assert rank_store(path).missing_shards == ()

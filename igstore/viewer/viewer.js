@@ -145,14 +145,16 @@ class Page {
 
   describeStore() {
     const { attributes, name, nImages } = this.store;
-    const { model, weights, method, n_steps, max_steps, baseline, target, output } = attributes;
+    const { model, weights, method, n_steps, max_steps, baseline, target, output, maps_by } = attributes;
     const steps = max_steps ? `${n_steps} to ${max_steps}` : n_steps;
     const built = this.catalogue.built.length;
     const images = built === nImages ? `${whole(nImages)} images` : `${whole(built)} of ${whole(nImages)} images built`;
     part("store-name").textContent = name;
     part("provenance").textContent =
-      `${model}, weights ${weights} · ${images} · Integrated Gradients of the ${target}'s ${output}: ` +
-      `${method}, ${steps} steps, baseline ${baseline}`;
+      `${model}, weights ${weights} · ${images} · ` +
+      (maps_by
+        ? `maps of the ${target}, made by ${maps_by}`
+        : `Integrated Gradients of the ${target}'s ${output}: ${method}, ${steps} steps, baseline ${baseline}`);
     part("ranking").replaceChildren(...this.store.rankings.map((ranking) => new Option(ranking)));
     part("ranking-choice").hidden = this.store.rankings.length < 2;
     part("fill").hidden = !this.store.has("pixels");

@@ -26,6 +26,7 @@ from igstore.memory import available_memory, gradient_bytes
 from igstore.models import Classifier, load_classifier
 from igstore.normalisation import normalise
 from igstore.schema import BuildSpec, Precision
+from igstore.stem import Hoisted, hoist_stem
 from pipelines.bench import machine, output, peers, rounds
 from pipelines.bench.agreement import completeness_errors, mask_iou
 from pipelines.bench.floor import Floor, count_work
@@ -153,9 +154,12 @@ def _output_differences(network: nn.Module, pixels: Pixels, classifier: Classifi
 
 
 def _floor(classifier: Classifier, device: torch.device, precision: Precision, batch_size: int) -> Floor:
-    crop = classifier.preprocessing.crop
-    folded = accelerate(classifier.network, torch.zeros(1, 3, *crop))
-    flops, n_bytes = count_work(folded, crop, batch_size=batch_size, item_bytes=2 if precision == "float16" else 4)
+    image = torch.zeros(1, 3, *classifier.preprocessing.crop)
+    network = hoist_stem(accelerate(classifier.network, image), image)
+    if isinstance(network, Hoisted):  # once an image is not once a step
+        image, network = network.stem(image), network.body
+    item_bytes = 2 if precision == "float16" else 4
+    flops, n_bytes = count_work(network, image.shape[1:], batch_size=batch_size, item_bytes=item_bytes)
     return Floor(flops, n_bytes, machine.matrix_rate(device, precision), machine.copy_rate(device))
 
 

@@ -8,6 +8,7 @@ by a batch. No program that runs a network layer by layer does less.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -55,22 +56,22 @@ class Floor:
         return "arithmetic" if self.flops / self.matrix_rate >= self.n_bytes / self.copy_rate else "memory"
 
 
-def count_work(network: nn.Module, crop: tuple[int, int], *, batch_size: int, item_bytes: int) -> tuple[int, float]:
+def count_work(network: nn.Module, shape: Sequence[int], *, batch_size: int, item_bytes: int) -> tuple[int, float]:
     """Floating-point operations and bytes of one gradient evaluation, by shapes alone; nothing is computed.
 
     Parameters
     ----------
     network
         As it is evaluated: folded layers count as folded. Its parameters must be frozen.
-    crop
-        Height and width of its input.
+    shape
+        Of one of its inputs: (channel, y, x).
     batch_size
         Evaluations that share one reading of the weights.
     item_bytes
         Of one number.
     """
     shapes_only = copy.deepcopy(network).to("meta")
-    image = torch.empty(1, 3, *crop, device="meta", requires_grad=True)
+    image = torch.empty(1, *shape, device="meta", requires_grad=True)
     counted = []
     for mapping in ({}, dict.fromkeys(_MATRIX_OPERATIONS, _numbers)):
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

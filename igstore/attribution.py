@@ -25,6 +25,9 @@ from igstore.stem import Hoisted
 # when that overflows, the batch is done again with a smaller scale.
 _FLOAT16_SCALES = (2.0**14, 2.0**8, 2.0**2, 1.0)
 
+# With fewer steps, a stem taken out of the path costs more memory, for its outputs on all the images, than time.
+FEWEST_STEPS = 16
+
 
 @dataclass(frozen=True)
 class Attributions:
@@ -162,7 +165,7 @@ def integrated_gradients(
     ----------
     network
         In evaluation mode; maps (pair, channel, y, x) to logits (pair, class). The stem of a `Hoisted` one runs once
-        an image.
+        an image, from `FEWEST_STEPS` steps on.
     inputs, baselines
         (image, channel, y, x), floating point, one dtype, on one device.
     targets
@@ -204,7 +207,10 @@ def integrated_gradients(
     if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
         raise UserError("max_error and max_steps go together, and with method riemann_right")
     alphas, weights = rule(method, n_steps)
-    stem, body = (network.stem, network.body) if isinstance(network, Hoisted) else (nn.Identity(), network)
+    stem: nn.Module = nn.Identity()
+    body = network
+    if isinstance(network, Hoisted) and n_steps >= FEWEST_STEPS:
+        stem, body = network.stem, network.body
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     with numerics(precision, inputs.device):
         f_x = select_output(logits(network, inputs, batch_size), targets, output).double()

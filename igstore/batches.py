@@ -20,6 +20,7 @@ from torch import Tensor
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
+from igstore.memory import freed_memory_kept
 from igstore.normalisation import normalisation_table
 from igstore.pixels import resize
 from igstore.reader import StoreReader
@@ -94,7 +95,8 @@ class MaskedBatches:
     def __iter__(self) -> Iterator[MaskedBatch]:
         tables = {network: normalisation_table(network).to(self._device) for network in self._networks}
         loading: deque[tuple[Images, Future[Tensors]]] = deque()
-        with ThreadPoolExecutor(1, "batches") as thread:
+        # batches are of one size, and so is their memory
+        with freed_memory_kept(), ThreadPoolExecutor(1, "batches") as thread:
             for run in self._runs:
                 loading.append((run, thread.submit(self._load, run)))
                 if len(loading) > 1:

@@ -200,11 +200,14 @@ def parser() -> cli.Parser:
     )
     what.add_argument(
         "--data",
+        metavar="PATH",
         default=os.environ.get("IMAGENET_DIR"),
         help="ImageNet's root, a folder WNID/*.JPEG, or a flat folder (default: $IMAGENET_DIR)",
     )
     what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
-    what.add_argument("--labels", help="CSV with columns file and wnid or class_index, for a flat folder")
+    what.add_argument(
+        "--labels", metavar="CSV", help="CSV with columns file and wnid or class_index, for a flat folder"
+    )
     what.add_argument(
         "--limit", type=cli.positive, metavar="N", help="only the first N images; a larger N later extends the store"
     )

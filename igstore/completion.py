@@ -24,7 +24,7 @@ def whole_parser() -> argparse.ArgumentParser:
     for name, purpose in COMMANDS.items():
         parser = module_of(name).parser()
         for action in parser._actions:
-            if action.metavar in _PATHS or action.dest in ("data", "store"):
+            if action.metavar in _PATHS:
                 action.complete = "file"  # shtab's way to say so
         commands.add_parser(name, help=purpose, description=parser.description, parents=[parser], add_help=False)
     return whole

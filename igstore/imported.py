@@ -182,7 +182,9 @@ def parser() -> cli.Parser:
     what.add_argument("--target", default="prediction", choices=cli.choices_of(Target), help="class that they explain")
     what.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
     what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
-    what.add_argument("--labels", help="CSV with columns file and wnid or class_index, for a flat folder")
+    what.add_argument(
+        "--labels", metavar="CSV", help="CSV with columns file and wnid or class_index, for a flat folder"
+    )
     what.add_argument("--limit", type=cli.positive, metavar="N", help="the maps are of the first N images")
     where = parser.add_argument_group("where to")
     where.add_argument("--store", metavar="STORE", help="folder of the store (default: MAPS with .zarr)")

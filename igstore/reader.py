@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from igstore.arrays import ImageArray
 from igstore.blocks import block_grid
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.hdf5_form import Hdf5Form
-from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec
+from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.sources import LocalFiles, open_source
 from igstore.zarr_form import ZarrForm
 
@@ -291,6 +291,9 @@ class StoreReader(Sharded):
             if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
                 raise DamagedStoreError(f"{store.where}: {name} is {names!r:.80}, no list of names")
         self.omitted = _omitted(store.where, self.attributes.get("omitted", []))
+        compress = self.attributes.get("compress")
+        if compress is not None and compress not in get_args(Compress):
+            raise DamagedStoreError(f"{store.where} is compressed by {compress!r:.80}; it can be {get_args(Compress)}")
         super().__init__(
             store,
             ranking=None,

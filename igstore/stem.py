@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,8 @@ class Hoisted(nn.Module):
 def hoist_stem(network: nn.Module, probe: Tensor) -> nn.Module:
     """`network` as a `Hoisted`, sharing its parameters, or as it is where that cannot be done.
 
-    The stem is the convolution that reads the network's input as it is. That nothing else reads the input, and that
-    the network would take the stem's output for it, shows when both forms see a random image and agree.
+    The stem is the convolution that reads the network's input as it is, while nothing else in the network so much as
+    looks at it. That the network takes the stem's output for its input shows when both forms see a random image.
 
     Parameters
     ----------
@@ -52,7 +55,7 @@ def hoist_stem(network: nn.Module, probe: Tensor) -> nn.Module:
     image = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
     stem = _reader_of(network, image)
     if stem is None:
-        logger.info("no convolution reads the image itself: the whole network runs at every step")
+        logger.info("no convolution alone reads the image itself: the whole network runs at every step")
         return network
     body = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
     place = next(name for name, module in network.named_modules() if module is stem)
@@ -63,7 +66,7 @@ def hoist_stem(network: nn.Module, probe: Tensor) -> nn.Module:
         with torch.no_grad():
             difference = (hoisted(image) - network(image.clone())).abs().max()
             size = network(image.clone()).abs().max()
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
         logger.info("the first convolution stays in the path: the rest of the network does not run alone (%s)", error)
         return network
     if not difference <= _TOLERANCE * size:
@@ -73,19 +76,46 @@ def hoist_stem(network: nn.Module, probe: Tensor) -> nn.Module:
 
 
 def _reader_of(network: nn.Module, image: Tensor) -> nn.Conv2d | None:
-    """The convolution that reads `image` itself and does not make it much larger; None where there is none."""
+    """The convolution that alone reads `image` itself and does not make it much larger; None where there is none."""
     found: list[nn.Conv2d] = []
+    largest = _LARGEST_GROWTH * image.numel()
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> None:
-        small = isinstance(made, Tensor) and made.numel() <= _LARGEST_GROWTH * image.numel()
+        small = isinstance(made, Tensor) and made.numel() <= largest
         if isinstance(module, nn.Conv2d) and inputs and inputs[0] is image and small:
             found.append(module)
 
+    readers = _Readers(image)
     with ExitStack() as hooks, torch.no_grad():
         for module in network.modules():
             if module is not network and isinstance(module, nn.Conv2d):
+                hooks.callback(module.register_forward_pre_hook(readers.begin).remove)
                 hooks.callback(module.register_forward_hook(look).remove)
-        version = image._version
+                hooks.callback(module.register_forward_hook(readers.end).remove)
+        hooks.enter_context(readers)
         network(image)
-    # a network that writes to its input has other plans for it
-    return found[0] if len(found) == 1 and image._version == version else None
+    return found[0] if len(found) == 1 and not readers.others else None
+
+
+class _Readers(TorchFunctionMode):
+    """Notes the functions of torch's that are given a tensor itself, if only for its shape, outside of convolutions."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.others: list[Any] = []
+        self._tensor = tensor
+        self._inside = 0  # convolutions
+
+    def begin(self, *_: object) -> None:
+        """A convolution begins."""
+        self._inside += 1
+
+    def end(self, *_: object) -> None:
+        """A convolution ends."""
+        self._inside -= 1
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._inside and any(given is self._tensor for given in tree_leaves((args, kwargs))):
+            self.others.append(function)
+        return function(*args, **kwargs)

@@ -317,7 +317,9 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--recompute", type=cli.positive, default=0, metavar="K", help="attribute K images again, and compare"
     )
-    parser.add_argument("--data", help="for --recompute: the images, where the store has no pixels; as for `build`")
+    parser.add_argument(
+        "--data", metavar="PATH", help="for --recompute: the images, where the store has no pixels; as for `build`"
+    )
     parser.add_argument(
         "--weights", metavar="W", help="for --recompute: the file of weights, where it does not come with the model"
     )

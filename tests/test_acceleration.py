@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import timm
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 
 from igstore.acceleration import ScaleAndShift, accelerate
 from igstore.errors import ModelError
-from igstore.memory import gradient_bytes
+from igstore.memory import freed_memory_kept, gradient_bytes
 
 
 def norms(network: nn.Module) -> int:
@@ -138,3 +141,15 @@ def test_gradient_bytes_grow_with_the_network():
         gradient_bytes(Smooth(), torch.zeros(1, 3, 64, 64)),
     )
     assert large > 10 * small
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)  # 64 MiB, which is 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with freed_memory_kept():
+        page_faults()
+        assert page_faults() < 1000

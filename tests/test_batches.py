@@ -14,13 +14,13 @@ from stores import image_ids, make_store
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+from igstore.arrays import ImageArray
 from igstore.batches import MaskedBatches, nearest
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS, FillContext
 from igstore.normalisation import normalise
-from igstore.arrays import ImageArray
 from igstore.schema import Preprocessing
 from igstore.views import keep_mask, open_store
 

@@ -175,6 +175,16 @@ def test_and_back(store, out):
     assert contents(unpacked) == contents(store)
 
 
+@pytest.mark.parametrize("compress", ["lzma", ["zstd"], 3], ids=str)
+def test_a_codec_that_nobody_knows_is_no_store(tmp_path, compress):
+    path = make_store(tmp_path / "small.zarr", n=2)
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"] = sealed(document["attributes"] | {"compress": compress})
+    (path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(DamagedStoreError, match="compressed by"):
+        StoreReader(path)
+
+
 def test_a_compressed_store_can_be_built_on(store, out):
     """A damaged shard is made again, in the form that the others have."""
     export_store(store, out, compress="zstd")

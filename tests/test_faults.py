@@ -94,7 +94,7 @@ class Run:
         return self._output.read_text()
 
     def until(self, happened: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not happened():
             assert time.monotonic() < deadline, self.said
             time.sleep(0.005)

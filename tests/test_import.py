@@ -25,6 +25,7 @@ from igstore.models import Classifier, classifier_from_module
 from igstore.normalisation import normalise
 from igstore.reader import StoreReader
 from igstore.schema import BuildSpec, Preprocessing
+from igstore.tables import article_tables
 
 N, SIZE = 7, (23, 26)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
@@ -127,6 +128,7 @@ def test_it_is_a_store_like_any_other(imported):
     rows = evaluate(store, models=[by_name()], p=(50, 90), device="cpu").rows
     assert {row.n for row in rows} == {N}
     assert {row.method for row in rows} == {f"captum {store.parent.name.rstrip('0123456789')}"}
+    assert f"(made by {rows[0].method}, prediction as target)" in article_tables(rows)[0].note
     assert evaluate(store, p=50, device="cpu").rows[0].model == "test_import:by_name"
     assert show_store(store, p=50).size > (0, 0)
     image, label = MaskedImageNet(store, p=50, keep="bottom")[2]

@@ -30,7 +30,8 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema files progress cli commands completion parts schedulers build imported given_maps evaluate quadrature blocks masks imagenet images baselines layout
+errors schema files progress cli commands completion parts schedulers build
+imported given_maps evaluate quadrature blocks masks imagenet images baselines layout
 cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair staging presence decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge

@@ -51,6 +51,7 @@ def test_it_is_clean(path):
             assert words not in cell.source
 
 
+@pytest.mark.timeout(600)  # many processes share the cores when all tests run
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the kernel's own, of the event loop that it runs in
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, place, monkeypatch):

@@ -46,8 +46,9 @@ def test_what_is_no_part(text):
         (["--part", "0/3"], "part is 0/3; it must be I/N, I from 1 to N: 1/8 to 8/8 for eight jobs"),
         (["--part", "three"], "part is 'three'; it must be I/N, such as 1/8"),
         (["--part", "1/3", "--overwrite"], "each part would remove what the others have built"),
+        (["--dry-run", "--scheduler", "tcp://127.0.0.1:9"], "dry-run measures this machine"),
     ],
-    ids=["from zero", "a word", "overwriting"],
+    ids=["from zero", "a word", "overwriting", "measuring others"],
 )
 def test_a_mistake(forks, folder, tmp_path, more, says):  # noqa: F811
     store = tmp_path / "model.zarr"
@@ -56,6 +57,15 @@ def test_a_mistake(forks, folder, tmp_path, more, says):  # noqa: F811
     assert says in said
     assert said.count("\n") == 1
     assert not store.exists()
+
+
+def test_a_dry_run_of_a_part(forks, folder, tmp_path):  # noqa: F811
+    dry_run = build(folder, tmp_path / "model.zarr", "--dry-run", "--part", "3/3", "--device", "cpu,cpu")
+    assert forks.wait(forks.start(*dry_run, output=tmp_path / "said")) == cli.DONE
+    said = (tmp_path / "said").read_text()
+    assert "6 of 6 images, 1 shards of 8" in said
+    assert "240 gradient evaluations" in said
+    assert "on 2 devices" in said
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import igstore
 from igstore import cli
 from igstore.__main__ import main
 from igstore.commands import module_of
+from pipelines.figure import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -119,3 +121,14 @@ def test_links_lead_to_files():
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_figure_is_drawn_from_an_evaluation(here, tmp_path):
+    igstore.evaluate("resnet50.zarr", p=[90, 50], out=tmp_path / "found")
+    drawn = ElementTree.fromstring(draw(tmp_path / "found"))
+    committed = ElementTree.parse(ROOT / "pipelines" / "figures" / "accuracy.svg").getroot()
+    for figure in (drawn, committed):
+        assert figure.tag == "{http://www.w3.org/2000/svg}svg"
+        words = set(" ".join(figure.itertext()).split())
+        assert {"90", "50", "top-1", "unmasked"} <= words
+        assert "prefers-color-scheme:" in " ".join(words)

@@ -10,6 +10,7 @@ import torchvision
 from networks import Smooth
 from torch import nn
 
+from igstore import attribution
 from igstore.acceleration import accelerate
 from igstore.attribution import integrated_gradients
 from igstore.attributor import Attributor
@@ -22,6 +23,11 @@ NETWORKS = {
     "densenet121": lambda: torchvision.models.densenet121(weights=None),
     "timm's efficientnet_lite0": lambda: timm.create_model("tf_efficientnet_lite0"),
 }
+
+
+@pytest.fixture(autouse=True)
+def from_the_first_step_on(monkeypatch):
+    monkeypatch.setattr(attribution, "FEWEST_STEPS", 1)
 
 
 def seeded(make):
@@ -84,6 +90,16 @@ def test_the_stem_runs_once_an_image_not_once_a_step():
     assert sum(seen) == 5 * len(x)
 
 
+def test_for_few_steps_the_stem_stays_in_the_path(monkeypatch):
+    monkeypatch.setattr(attribution, "FEWEST_STEPS", 5)
+    x = images(2, 20, torch.float32)
+    hoisted = hoist_stem(seeded(Smooth), x[:1])
+    seen = []
+    hoisted.stem.register_forward_hook(lambda module, inputs, made: seen.append(len(made)))
+    integrated_gradients(hoisted, x, torch.zeros_like(x), torch.tensor([0, 1]), n_steps=4)
+    assert sum(seen) == (2 + 4) * len(x)
+
+
 class Odd(nn.Module):
     """Networks whose first convolution has to stay where it is."""
 
@@ -95,6 +111,10 @@ class Odd(nn.Module):
     def forward(self, x):
         if self.way == "read before":
             return (self.conv(x) + x).mean((2, 3))
+        if self.way == "a pixel looked at":  # which no random image shows
+            return self.conv(x).mean((2, 3)) + torch.where(x[:, :1, 0, 0] > 100, 1.0, 0.0)
+        if self.way == "its size looked at":
+            return self.conv(x).sum((2, 3)) / x.shape[2]
         if self.way == "changed before":
             return self.conv(x * 2).relu().mean((2, 3))
         if self.way == "changed in place":
@@ -105,7 +125,17 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "way", ["read before", "changed before", "changed in place", "called twice", "much larger", "no convolution"]
+    "way",
+    [
+        "read before",
+        "a pixel looked at",
+        "its size looked at",
+        "changed before",
+        "changed in place",
+        "called twice",
+        "much larger",
+        "no convolution",
+    ],
 )
 def test_where_the_stem_cannot_be_taken_out_the_network_stays_whole(way, caplog):
     caplog.set_level(logging.INFO, logger="igstore.stem")
@@ -121,14 +151,12 @@ def test_a_body_that_does_not_run_alone_keeps_its_stem(caplog):
             self.conv = nn.Conv2d(3, 4, 3, stride=2)
 
         def forward(self, x):
-            if x.shape[1] != 3:
-                raise ValueError("an image has three channels")
-            return self.conv(x).relu().mean((2, 3))
+            return self.conv(x).relu().mean((2, 3)) / self.conv.weight.abs().sum()
 
     caplog.set_level(logging.INFO, logger="igstore.stem")
     network = seeded(Strict)
     assert hoist_stem(network, images(1, 8, torch.float32)) is network
-    assert "three channels" in caplog.text
+    assert "does not run alone" in caplog.text
 
 
 def test_parameters_are_shared_and_the_network_is_left_alone():

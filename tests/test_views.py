@@ -17,6 +17,7 @@ from PIL import Image
 from stores import CLASS_NAMES, WNIDS, image_ids, make_store, recompute
 
 from igstore import layout
+from igstore.arrays import ImageArray
 from igstore.blocks import SCORES
 from igstore.errors import (
     DamagedStoreError,
@@ -30,7 +31,6 @@ from igstore.images import as_image_list
 from igstore.masks import FILLS, SELECTIONS, FillContext
 from igstore.rank import rank_store
 from igstore.reader import StoreReader
-from igstore.arrays import ImageArray
 from igstore.schema import BUILT, FAILED, NOT_BUILT, Keep, Preprocessing
 from igstore.store import finish_store
 from igstore.views import keep_mask, masked_view, open_store

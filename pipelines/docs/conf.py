@@ -35,7 +35,7 @@ class Commands(Directive):
 
     def run(self) -> list[nodes.Node]:
         """One section a command."""
-        os.environ["COLUMNS"] = "100"  # which argparse wraps to
+        os.environ["COLUMNS"] = "88"  # which argparse wraps to
         found: list[nodes.Node] = []
         for title, commands in SECTIONS.items():
             for name, purpose in commands.items():

@@ -17,9 +17,10 @@ from igstore import MaskedImageNet, integrated_gradients
 from igstore.acceleration import accelerate
 from igstore.attribution import to_float16
 from igstore.batches import MaskedBatches
-from igstore.blocks import block_ranks, block_shares, block_sums
+from igstore.blocks import block_ranks, block_shares, block_sums, rank_blocks
 from igstore.masking import MaskOptions
 from igstore.reader import StoreReader
+from igstore.stem import hoist_stem
 
 N_IMAGES = 64
 RANDOM = np.random.default_rng(0).permutation(N_IMAGES)
@@ -45,7 +46,8 @@ def one_thread():
 
 
 def test_integrated_gradients_of_16_steps(benchmark):
-    network = accelerate(Smooth(), torch.zeros(1, 3, 112, 112))
+    probe = torch.zeros(1, 3, 112, 112)
+    network = hoist_stem(accelerate(Smooth(), probe), probe)
     inputs = torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     benchmark(integrated_gradients, network, inputs, torch.zeros_like(inputs), torch.tensor([0]), n_steps=16)
 
@@ -61,6 +63,10 @@ def test_ranks_of_8_images(benchmark, maps):
 def test_shares_of_8_images(benchmark, maps):
     scores = block_sums(maps)
     benchmark(block_shares, scores, block_ranks(scores))
+
+
+def test_ranks_and_shares_of_4_maps(benchmark, maps):
+    benchmark(rank_blocks, maps[:4])
 
 
 @pytest.mark.parametrize("name", ["pixels", "attribution"])

@@ -21,6 +21,7 @@ _HOMES = {
     "MaskedBatches": "batches",
     "MaskedImageNet": "dataset",
     "Preprocessing": "schema",
+    "StoreReader": "reader",
     "UserError": "errors",
     "build_store": "build",
     "classifier_from_module": "models",

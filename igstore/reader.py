@@ -269,6 +269,10 @@ class StoreReader(Sharded):
         Its metadata cannot be read, or it does not hold as many images as it says.
     UnreachableError
         It does not answer.
+
+    >>> store = StoreReader("toy.zarr")
+    >>> store.array("attribution").read([3, 0]).shape
+    (2, 24, 24)
     """
 
     def __init__(

@@ -318,13 +318,12 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     where = {name: options[name] for name in ("device", "batch_size", "workers", "model", "weights", "split", "labels")}
     hire = choose_workers(build, scheduler=options["scheduler"], images=options["data"], **where)
-    if build.spec.pixels:
-        output.note(
-            "note: the store will hold the images' pixels, so whoever shares it redistributes them; "
-            "--no-pixels leaves them out"
-        )
     run = {name: options[name] for name in ("scheduler", "rank", "overwrite")}
     run_build(build, hire, part=part, **run, show_progress=output.show_progress)
+    if build.spec.pixels:
+        output.note(
+            "note: the store holds the images' pixels, so whoever shares it redistributes them; --no-pixels leaves them out"
+        )
     info = store_info(build.path)
     output.summary(info, [*describe(info), *_next(info, part)])
     return cli.SOME_IMAGES_FAILED if _failed(build.path, part) else cli.DONE

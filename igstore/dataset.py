@@ -14,9 +14,12 @@ from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.masking import MaskedImages, MaskOptions
+from igstore.memory import keep_freed_memory
 from igstore.normalisation import normalise
 from igstore.reader import StoreReader
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
+
+_KEPT = 2**29  # bytes: several batches of float32 images
 
 
 class MaskedImageNet(Dataset[tuple[Any, ...]]):
@@ -127,6 +130,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
         """The items at these positions, read in one go."""
+        keep_freed_memory(_KEPT)
         positions = [range(len(self))[index] for index in indices]  # negative ones count from the end
         pixels, masks = self._source.masked(self.indices[positions], self.options)
         items = []

@@ -50,6 +50,19 @@ def gradient_bytes(network: nn.Module, probe: Tensor) -> int:
     return max(1, 2 * (sum(kept.values()) + probe.nbytes))
 
 
+def keep_freed_memory(n_bytes: int) -> None:
+    """From now on, have this process keep up to so many bytes of freed tensors for the next ones.
+
+    glibc would give them back to the system at the end of each batch, and the system clears their pages again for the
+    next one, which costs more than all else that is done to a batch of images. Where the C library is another one,
+    nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, n_bytes)
+        mallopt(_M_TRIM_THRESHOLD, n_bytes)
+
+
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Have this process keep the memory of freed tensors for the next ones, instead of giving it back to the system.

@@ -322,7 +322,8 @@ def main(argv: Sequence[str]) -> int:
     run_build(build, hire, part=part, **run, show_progress=output.show_progress)
     if build.spec.pixels:
         output.note(
-            "note: the store holds the images' pixels, so whoever shares it redistributes them; --no-pixels leaves them out"
+            "note: the store holds the images' pixels, so whoever shares it redistributes them; "
+            "--no-pixels leaves them out"
         )
     info = store_info(build.path)
     output.summary(info, [*describe(info), *_next(info, part)])

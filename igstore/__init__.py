@@ -21,7 +21,7 @@ _HOMES = {
     "MaskedBatches": "batches",
     "MaskedImageNet": "dataset",
     "Preprocessing": "schema",
-    "StoreReader": "reader",
+    "StoreReader": "storage.reader",
     "UserError": "errors",
     "build_store": "build",
     "classifier_from_module": "models",

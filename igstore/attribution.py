@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
 from igstore.schema import Method, Output, Precision, Reduce, check_choice
-from igstore.stem import Hoisted
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
 # when that overflows, the batch is done again with a smaller scale.

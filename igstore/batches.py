@@ -17,14 +17,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from igstore.engine.memory import freed_memory_kept
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
-from igstore.memory import freed_memory_kept
 from igstore.normalisation import normalisation_table
 from igstore.pixels import resize
-from igstore.reader import StoreReader
 from igstore.schema import Preprocessing
+from igstore.storage.reader import StoreReader
 
 Tensors = dict[tuple[Any, ...], Tensor]  # what a batch is made of, by kind and by what else it depends on
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igstore import cli
+from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.images import Split
 from igstore.info import StoreInfo, describe, store_info
-from igstore.parts import Part
-from igstore.reader import StoreReader
 from igstore.schema import (
     Baseline,
     BuildSpec,
@@ -28,6 +27,7 @@ from igstore.schema import (
     Reduce,
     Target,
 )
+from igstore.storage.reader import StoreReader
 
 if TYPE_CHECKING:
     import torch
@@ -127,9 +127,9 @@ def build_store(
     >>> info.n_built, info.n_labelled
     (2, 1)
     """
-    from igstore.builder import run_build
-    from igstore.hiring import choose_workers
-    from igstore.plan import plan_build
+    from igstore.building.builder import run_build
+    from igstore.building.hiring import choose_workers
+    from igstore.building.plan import plan_build
 
     build = plan_build(
         model,
@@ -290,11 +290,11 @@ def main(argv: Sequence[str]) -> int:
     options = vars(parsed)
     if options["data"] is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
-    from igstore.builder import run_build
-    from igstore.forecast import forecast
-    from igstore.hiring import choose_workers
+    from igstore.building.builder import run_build
+    from igstore.building.forecast import forecast
+    from igstore.building.hiring import choose_workers
+    from igstore.building.plan import plan_build
     from igstore.models import load_classifier
-    from igstore.plan import plan_build
 
     part = _part(options["part"], overwrite=options["overwrite"])
     if options["dry_run"] and options["scheduler"]:

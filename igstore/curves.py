@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from igstore import cli, files
+from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
-from igstore.charts import LOOKS, Chart, Panel, Series
 from igstore.errors import UserError
 from igstore.evaluate import own_classifier
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
-from igstore.reader import StoreReader
+from igstore.reporting.charts import LOOKS, Chart, Panel, Series
 from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score
+from igstore.storage import files
+from igstore.storage.reader import StoreReader
 
 if TYPE_CHECKING:
     from igstore.models import Classifier
@@ -112,7 +113,7 @@ def insertion_deletion(
     >>> sorted(curves.data_vars), curves.sizes["image"]
     (['auc', 'probability'], 4)
     """
-    from igstore.devices import find_device
+    from igstore.building.devices import find_device
     from igstore.probability import target_probabilities
 
     reader = StoreReader.of(store)

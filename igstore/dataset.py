@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
+from igstore.engine.memory import keep_freed_memory
 from igstore.masking import MaskedImages, MaskOptions
-from igstore.memory import keep_freed_memory
 from igstore.normalisation import normalise
-from igstore.reader import StoreReader
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
+from igstore.storage.reader import StoreReader
 
 _KEPT = 2**29  # bytes: several batches of float32 images
 

@@ -22,11 +22,11 @@ from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.errors import SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS
-from igstore.reader import StoreReader
-from igstore.results import Row, measure, predictions
-from igstore.results_folder import check_out, write_report
+from igstore.reporting.results import Row, measure, predictions
+from igstore.reporting.results_folder import check_out, write_report
+from igstore.reporting.tables import article_tables
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
-from igstore.tables import article_tables
+from igstore.storage.reader import StoreReader
 
 if TYPE_CHECKING:
     from igstore.models import Classifier
@@ -43,7 +43,7 @@ class Evaluation:
     rows
         One `Row` for each store, model and mask.
     predictions
-        The predicted class of every image; see `igstore.results.predictions`.
+        The predicted class of every image; see `igstore.reporting.results.predictions`.
     """
 
     rows: list[Row]
@@ -89,7 +89,7 @@ def evaluate(
     images
         As `MaskedImageNet`, for stores without pixels.
     out
-        Folder to write the results to, see `igstore.results_folder.write_report`.
+        Folder to write the results to, see `igstore.reporting.results_folder.write_report`.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
     batch_size
@@ -113,8 +113,8 @@ def evaluate(
     >>> [(row.p, row.n) for row in found.rows]
     [(90.0, 4), (50.0, 4)]
     """
-    from igstore.devices import find_device
-    from igstore.showing import ShowingPlan, show
+    from igstore.building.devices import find_device
+    from igstore.reporting.showing import ShowingPlan, show
 
     readers = [StoreReader.of(store) for store in _several(stores)]
     cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)

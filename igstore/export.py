@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igstore import cli, layout
-from igstore.appearing import appearing
-from igstore.copies import check_finished, check_sealed, write_copy
+from igstore import cli
 from igstore.errors import UserError
-from igstore.hdf5_writer import write_hdf5
 from igstore.interchange import write_quantus, write_virelay
 from igstore.progress import Progress
-from igstore.reader import StoreReader
 from igstore.schema import Compress, check_choice
+from igstore.storage import layout
+from igstore.storage.appearing import appearing
+from igstore.storage.copies import check_finished, check_sealed, write_copy
+from igstore.storage.hdf5_writer import write_hdf5
+from igstore.storage.reader import StoreReader
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from igstore import cli
+from igstore.building.given_maps import GivenMaps, read_ids
+from igstore.building.parts import Part
 from igstore.errors import UserError
-from igstore.given_maps import GivenMaps, read_ids
 from igstore.images import Split
 from igstore.info import StoreInfo, describe, store_info
-from igstore.parts import Part
 from igstore.schema import IMPORTED, Baseline, Interpolation, Output, Preprocessing, Reduce, Target
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def import_maps(
     >>> info.n_built, info.settings["method"]
     (2, 'imported')
     """
-    from igstore.builder import run_build
-    from igstore.devices import find_device
-    from igstore.importer import Importer
-    from igstore.plan import chosen_classifier, listed_images, plan_build
-    from igstore.worker import Worker
+    from igstore.building.builder import run_build
+    from igstore.building.devices import find_device
+    from igstore.building.importer import Importer
+    from igstore.building.plan import chosen_classifier, listed_images, plan_build
+    from igstore.building.worker import Worker
 
     if not made_by.strip():
         raise UserError("made_by is empty; say what made the maps, such as 'captum 0.8 Saliency'")

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL
+from igstore.storage.reader import StoreReader
 
 _FEW = 10  # names listed before "and so on"
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore import files
-from igstore.copies import read_shard
 from igstore.errors import UserError
 from igstore.progress import Progress
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, UNKNOWN_LABEL, Preprocessing
+from igstore.storage import files
+from igstore.storage.copies import read_shard
+from igstore.storage.reader import StoreReader
 
 _CHANNELS = 3
 _BATCH = 32  # images at a time, besides a shard
@@ -91,7 +91,7 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
     Parameters
     ----------
     store
-        As `igstore.copies.check_finished` wants it.
+        As `igstore.storage.copies.check_finished` wants it.
     path
         The folder; nothing must be there.
     progress
@@ -142,7 +142,7 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     Parameters
     ----------
     store
-        As `igstore.copies.check_finished` wants it.
+        As `igstore.storage.copies.check_finished` wants it.
     path
         The folder; nothing must be there.
     progress

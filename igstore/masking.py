@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from igstore import layout, masks
+from igstore import masks
 from igstore.blocks import DEFAULT_BLOCK, block_grid, check_block, expand
 from igstore.errors import StoreNotFoundError, UserError
 from igstore.masks import FILLS, Bools, FillContext, Pixels, Ranks, Shares
 from igstore.pixels import PixelSource, find_pixels, open_pixels
-from igstore.reader import RankingReader, StoreReader
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
+from igstore.storage import layout
+from igstore.storage.reader import RankingReader, StoreReader
 
 Images = NDArray[np.int64]
 

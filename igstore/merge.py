@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore import cli, layout
-from igstore.appearing import appearing
-from igstore.copies import check_sealed, own_fields
+from igstore import cli
 from igstore.errors import DamagedStoreError, SettingsMismatchError, UserError
 from igstore.images import fingerprint
-from igstore.integrity import check_shards
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
-from igstore.reader import Sharded, StoreReader
 from igstore.schema import BUILT, FAILED, NOT_BUILT, BuildSpec
-from igstore.store import create_ranking, create_store, finish_store, write_rank_shard, write_shard
+from igstore.storage import layout
+from igstore.storage.appearing import appearing
+from igstore.storage.copies import check_sealed, own_fields
+from igstore.storage.integrity import check_shards
+from igstore.storage.reader import Sharded, StoreReader
+from igstore.storage.store import create_ranking, create_store, finish_store, write_rank_shard, write_shard
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.int64]

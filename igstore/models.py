@@ -26,10 +26,10 @@ import torch
 import torchvision.models
 from torch import nn
 
+from igstore.engine.weights import first_line, load_weights, state_sha256, torch_checkpoint
 from igstore.errors import ModelError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
 from igstore.schema import Interpolation, Preprocessing
-from igstore.weights import first_line, load_weights, state_sha256, torch_checkpoint
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")

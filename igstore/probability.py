@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from igstore.acceleration import accelerate
 from igstore.attribution import numerics
 from igstore.batches import MaskedBatch, MaskedBatches
+from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
 from igstore.masking import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
-from igstore.reader import StoreReader
-from igstore.showing import scores_of
+from igstore.reporting.showing import scores_of
+from igstore.storage.reader import StoreReader
 
 _BATCH = {"cpu": 32, "cuda": 128}  # images; larger batches gain nothing
 

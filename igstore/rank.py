@@ -14,16 +14,17 @@ import dask
 import numpy as np
 from dask.callbacks import Callback
 
-from igstore import __version__, cli, layout
+from igstore import __version__, cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, check_block, rank_blocks
+from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
-from igstore.integrity import withdraw_damaged
-from igstore.presence import at_work
 from igstore.progress import Progress
-from igstore.reader import StoreReader
-from igstore.schedulers import connect
 from igstore.schema import BuildSpec, Score
-from igstore.store import create_ranking, write_rank_shard
+from igstore.storage import layout
+from igstore.storage.integrity import withdraw_damaged
+from igstore.storage.presence import at_work
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import create_ranking, write_rank_shard
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igstore import cli, files, page, sections
+from igstore import cli
 from igstore.errors import UserError
-from igstore.findings import Findings
 from igstore.masking import MaskedImages
-from igstore.results import settings_sha256
-from igstore.results_folder import RESULTS
+from igstore.reporting import page, sections
+from igstore.reporting.findings import Findings
+from igstore.reporting.results import settings_sha256
+from igstore.reporting.results_folder import RESULTS
+from igstore.storage import files
 
 Path_ = str | os.PathLike[str]
 

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from igstore import cli, files
+from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import FILLS, SELECTIONS
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
+from igstore.storage import files
+from igstore.storage.reader import StoreReader
 
 Rgb = NDArray[np.uint8]  # (y, x, 3)
 

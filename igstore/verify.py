@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore import cli, files
-from igstore.contents import Problems, check_images, check_ranks
+from igstore import cli
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
-from igstore.hdf5_form import Hdf5Form
-from igstore.integrity import Finding, check_shard
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
-from igstore.reader import RankingReader, Sharded, StoreReader
-from igstore.sources import LocalFiles, Source, open_source
-from igstore.store import consolidated, metadata, ranking_metadata
-from igstore.zarr_form import ZarrForm
+from igstore.storage import files
+from igstore.storage.contents import Problems, check_images, check_ranks
+from igstore.storage.hdf5_form import Hdf5Form
+from igstore.storage.integrity import Finding, check_shard
+from igstore.storage.reader import RankingReader, Sharded, StoreReader
+from igstore.storage.sources import LocalFiles, Source, open_source
+from igstore.storage.store import consolidated, metadata, ranking_metadata
+from igstore.storage.zarr_form import ZarrForm
 
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
@@ -84,7 +85,7 @@ def verify_store(
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
     again = None
     if recompute:
-        from igstore.recompute import Recomputation  # the only part that needs torch
+        from igstore.building.recompute import Recomputation  # the only part that needs torch
 
         again = Recomputation(store, recompute, images=images, weights=weights, device=device, seed=seed)
     rankings = [store.ranking(name) for name in store.rankings]
@@ -164,7 +165,7 @@ def _metadata_findings(store: StoreReader, rankings: Sequence[RankingReader]) ->
 
 
 def _copy_of(documents: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """What the root's copy of the others' metadata must be, as `igstore.store.consolidated` has it."""
+    """What the root's copy of the others' metadata must be, as `igstore.storage.store.consolidated` has it."""
     intact = {
         file.rpartition("/")[0]: found for file, found in documents.items() if file != _ROOT and found is not None
     }

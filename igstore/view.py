@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from igstore import __version__, cli, files
+from igstore import __version__, cli
 from igstore.errors import StoreExistsError, UserError
-from igstore.reader import StoreReader
+from igstore.storage import files
+from igstore.storage.reader import StoreReader
 
 _PAGE = Path(__file__).parent / "viewer"
 _PAGE_TYPES = {

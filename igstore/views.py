@@ -21,13 +21,13 @@ import xarray as xr
 from numpy.typing import NDArray
 from xarray.core.indexing import IndexSelResult
 
-from igstore import layout
-from igstore.arrays import ImageArray
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
+from igstore.storage import layout
+from igstore.storage.arrays import ImageArray
+from igstore.storage.reader import StoreReader
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]

@@ -17,18 +17,19 @@ from typing import get_args
 
 import numpy as np
 
-from igstore import cli, files
+from igstore import cli
 from igstore.build import build_store
 from igstore.errors import UserError
 from igstore.evaluate import evaluate
 from igstore.images import ImageList, find_images
 from igstore.info import StoreInfo
 from igstore.masking import MaskOptions
-from igstore.reader import StoreReader
-from igstore.results import Row, settings_sha256
-from igstore.results_folder import read_rows
+from igstore.reporting.results import Row, settings_sha256
+from igstore.reporting.results_folder import read_rows
+from igstore.reporting.tables import Table, article_tables, describer, grouped, images_of, percent
 from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
-from igstore.tables import Table, article_tables, describer, grouped, images_of, percent
+from igstore.storage import files
+from igstore.storage.reader import StoreReader
 
 P = (90.0, 70.0, 50.0, 30.0)
 CELLS = [MaskOptions(p=p, keep=keep) for keep, p in product(get_args(Keep), P)]

@@ -18,7 +18,7 @@ import igstore
 from igstore import cli
 from igstore.images import synsets
 from igstore.info import describe
-from igstore.tables import article_tables
+from igstore.reporting.tables import article_tables
 
 _PHOTOGRAPH = re.compile(r"foolbox/data/imagenet_\d\d_(\d+)\.jpg")
 

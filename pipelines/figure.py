@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from igstore import cli, files
-from igstore.figures import accuracy_by_p
-from igstore.findings import Findings
+from igstore import cli
+from igstore.reporting.figures import accuracy_by_p
+from igstore.reporting.findings import Findings
+from igstore.storage import files
 
 # A picture of its own, so it brings its background and is as legible on a dark page as on a light one.
 _STYLE = """<style>

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igstore import cli, layout
+from igstore import cli
 from igstore.blocks import block_grid
 from igstore.schema import BuildSpec, Preprocessing
+from igstore.storage import layout
 
 # (name, images): the validation set, ImageNet's training set, and ImageNet-21k as of 2011
 DATA_SETS = (("validation", 50_000), ("training", 1_281_167), ("21k", 14_197_122))

@@ -153,8 +153,8 @@ def _serve() -> None:
     import torch
 
     import igstore.build
-    import igstore.forecast
-    import igstore.hiring
+    import igstore.building.forecast
+    import igstore.building.hiring
     import igstore.verify  # noqa: F401
 
     torch.set_num_threads(1)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from igstore import layout
 from igstore.rank import rank_store
 from igstore.schema import BUILT, FAILED, BuildSpec, Preprocessing
-from igstore.store import create_store, finish_store, write_shard
+from igstore.storage import layout
+from igstore.storage.store import create_store, finish_store, write_shard
 
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel")
 WNIDS = tuple(f"n{index:08d}" for index in range(len(CLASS_NAMES)))

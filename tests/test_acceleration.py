@@ -10,9 +10,9 @@ import torchvision
 from networks import Smooth
 from torch import nn
 
-from igstore.acceleration import ScaleAndShift, accelerate
+from igstore.engine.acceleration import ScaleAndShift, accelerate
+from igstore.engine.memory import freed_memory_kept, gradient_bytes
 from igstore.errors import ModelError
-from igstore.memory import freed_memory_kept, gradient_bytes
 
 
 def norms(network: nn.Module) -> int:

@@ -9,8 +9,8 @@ from captum.attr import IntegratedGradients
 from networks import Smooth
 
 from igstore import Preprocessing, classifier_from_module
-from igstore.attributor import Attributor
 from igstore.blocks import block_ranks, block_shares, block_sums, expand
+from igstore.engine.attributor import Attributor
 from igstore.errors import OutOfMemoryError, UserError
 from igstore.masks import visible_blocks
 from igstore.models import load_classifier

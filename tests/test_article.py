@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from igstore import cli
 from igstore.models import Classifier, classifier_from_module
-from igstore.results_folder import read_rows
+from igstore.reporting.results_folder import read_rows
 from igstore.schema import Preprocessing
 from pipelines import article
 

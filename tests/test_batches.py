@@ -14,7 +14,6 @@ from stores import image_ids, make_store
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from igstore.arrays import ImageArray
 from igstore.batches import MaskedBatches, nearest
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
@@ -22,6 +21,7 @@ from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS, FillContext
 from igstore.normalisation import normalise
 from igstore.schema import Preprocessing
+from igstore.storage.arrays import ImageArray
 from igstore.views import keep_mask, open_store
 
 N = 10

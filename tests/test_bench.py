@@ -18,7 +18,7 @@ from torch import nn
 from igstore import Preprocessing, classifier_from_module
 from igstore.quadrature import METHODS
 from igstore.rank import rank_store
-from igstore.reader import StoreReader
+from igstore.storage.reader import StoreReader
 
 pytest.importorskip("captum")
 pytest.importorskip("h5py")

@@ -23,7 +23,7 @@ from torchvision import transforms
 from igstore import Preprocessing, build_store, classifier_from_module, cli, store_info
 from igstore.build import main
 from igstore.errors import SettingsMismatchError, UserError
-from igstore.reader import StoreReader
+from igstore.storage.reader import StoreReader
 
 N_CLASSES = 7
 PREPROCESSING = Preprocessing(resize=18, crop=(16, 16))

@@ -18,8 +18,8 @@ from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.images import as_image_list
 from igstore.normalisation import normalisation_table, normalise
-from igstore.reader import StoreReader
 from igstore.schema import Preprocessing
+from igstore.storage.reader import StoreReader
 from igstore.views import masked_view, open_store
 
 N = 10
@@ -168,7 +168,7 @@ def test_siblings_share_the_open_store(store: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("opened again")
 
     expected = {p: MaskedImageNet(store, p, "top", score="absolute")[3][0] for p in (30, 70)}
-    monkeypatch.setattr("igstore.reader.StoreReader.__init__", refuse)
+    monkeypatch.setattr("igstore.storage.reader.StoreReader.__init__", refuse)
     for p, item in expected.items():
         sibling = data.with_mask(p=p, keep="top", score="absolute")
         assert_same([sibling[3][0]], [item])

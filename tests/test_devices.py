@@ -14,10 +14,11 @@ from networks import Smooth
 from test_faults import Run, assert_undisturbed, build, folder, forks, run, store, whole  # noqa: F401
 from torch import nn
 
-from igstore import build_store, cli, devices
-from igstore.devices import find_devices
+from igstore import build_store, cli
+from igstore.building import devices
+from igstore.building.devices import find_devices
 from igstore.errors import UserError
-from igstore.reader import StoreReader
+from igstore.storage.reader import StoreReader
 
 
 @pytest.fixture

@@ -18,7 +18,11 @@ from PIL import Image
 import igstore
 
 PACKAGE = Path(igstore.__file__).parent
-WITH_EXAMPLES = sorted(path.stem for path in PACKAGE.glob("*.py") if ">>>" in path.read_text())
+WITH_EXAMPLES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if ">>>" in path.read_text()
+)
 WITHOUT_EXAMPLE = {
     "Classifier": "its functions have",
     "IgstoreError": "a base class",
@@ -45,7 +49,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples(name, place):
-    module = importlib.import_module(f"igstore.{name}")
+    module = importlib.import_module(name)
     tests = [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
     assert tests
     said: list[str] = []

@@ -25,8 +25,8 @@ from igstore.errors import ModelError, SettingsMismatchError, StoreExistsError, 
 from igstore.evaluate import evaluate, main
 from igstore.masking import MaskedImages, MaskOptions
 from igstore.models import Classifier, classifier_from_module
-from igstore.results import NOT_SHOWN, Row
-from igstore.results_folder import read_rows
+from igstore.reporting.results import NOT_SHOWN, Row
+from igstore.reporting.results_folder import read_rows
 from igstore.schema import Preprocessing
 
 N = 30

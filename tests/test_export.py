@@ -26,7 +26,6 @@ from igstore import (
     cli,
     export_store,
     keep_mask,
-    layout,
     open_store,
     rank_store,
     show_store,
@@ -35,9 +34,10 @@ from igstore import (
 )
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.export import main
-from igstore.files import is_sealed, sealed
-from igstore.reader import StoreReader
 from igstore.schema import BuildSpec
+from igstore.storage import layout
+from igstore.storage.files import is_sealed, sealed
+from igstore.storage.reader import StoreReader
 
 N, SHARD_SIZE, N_CLASSES = 21, 8, 7  # three shards, the last of five images
 NETWORK = Smooth(N_CLASSES).eval()

@@ -18,8 +18,8 @@ from PIL import Image
 
 from igstore import cli, verify_store
 from igstore.__main__ import main
-from igstore.attributor import Attributor
-from igstore.reader import StoreReader
+from igstore.engine.attributor import Attributor
+from igstore.storage.reader import StoreReader
 
 N, SHARD_SIZE = 22, 8  # three shards, the last of six images
 UNIT = 5  # images that are kept at a time: 200 gradient evaluations

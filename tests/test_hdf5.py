@@ -20,7 +20,7 @@ from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_s
 from igstore.errors import DamagedStoreError, IgstoreError, StoreNotFoundError, UserError
 from igstore.info import store_info
 from igstore.rank import rank_store
-from igstore.reader import StoreReader
+from igstore.storage.reader import StoreReader
 from igstore.verify import verify_store
 
 N, SHARD = 10, 4

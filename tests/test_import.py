@@ -17,15 +17,15 @@ from stores import make_store
 from test_curves import Patterns
 
 from igstore import build_store, cli, evaluate, import_maps, insertion_deletion, show_store, store_info, verify_store
+from igstore.building.given_maps import GivenMaps
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, UserError
-from igstore.given_maps import GivenMaps
 from igstore.imported import main
 from igstore.models import Classifier, classifier_from_module
 from igstore.normalisation import normalise
-from igstore.reader import StoreReader
+from igstore.reporting.tables import article_tables
 from igstore.schema import BuildSpec, Preprocessing
-from igstore.tables import article_tables
+from igstore.storage.reader import StoreReader
 
 N, SIZE = 7, (23, 26)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)

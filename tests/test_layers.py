@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "igstore"
+MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")}
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
@@ -40,22 +41,25 @@ results_folder charts curves findings figures summaries page sections report
 """.split()
 
 
+def dotted(module: str) -> str:
+    """The name under which a module is imported."""
+    return ".".join(MODULES[module].relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
 def imported(module: str) -> set[str]:
     """The package's modules that a module imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "igstore":
-            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("igstore."):
-            found.add(node.module.split(".")[1])
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "igstore":
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("igstore.")}
-    return found
+            names |= {alias.name for alias in node.names}
+    return {name for name in MODULES if dotted(name) in names}
 
 
 def test_every_module_has_its_place():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert sorted(modules) == sorted(LAYERS)
+    assert sorted(MODULES) == sorted(LAYERS)
+    assert len(MODULES) == sum(not path.stem.startswith("__") for path in PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", LAYERS)
@@ -66,7 +70,7 @@ def test_imports_point_down(module):
 
 @pytest.mark.parametrize("modules", [WITHOUT_TORCH, []], ids=["readers", "the package itself"])
 def test_readers_need_no_torch(modules):
-    lines = ["import sys, igstore", *(f"import igstore.{module}" for module in modules)]
+    lines = ["import sys, igstore", *(f"import {dotted(module)}" for module in modules)]
     lines += ["igstore.open_store, igstore.rank_store, igstore.masked_view"] if modules else []
     lines += ["sys.exit(','.join(name for name in ('torch', 'torchvision', 'captum') if name in sys.modules) or 0)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)

@@ -12,21 +12,12 @@ import xarray as xr
 import zarr
 from networks import Smooth
 
-from igstore import (
-    Preprocessing,
-    build_store,
-    cli,
-    export_store,
-    layout,
-    merge_stores,
-    rank_store,
-    store_info,
-    verify_store,
-)
+from igstore import Preprocessing, build_store, cli, export_store, merge_stores, rank_store, store_info, verify_store
 from igstore.errors import DamagedStoreError, SettingsMismatchError, StoreExistsError, UserError
 from igstore.images import as_image_list
 from igstore.merge import main
-from igstore.reader import StoreReader
+from igstore.storage import layout
+from igstore.storage.reader import StoreReader
 
 N, SHARD_SIZE, N_CLASSES = 21, 4, 7  # six shards, the last of one image
 NETWORK = Smooth(N_CLASSES).eval()

@@ -18,12 +18,12 @@ import torchvision.models
 from PIL import Image
 from torch import Tensor, nn
 
+from igstore.engine.weights import state_sha256
 from igstore.errors import UserError, WeightsNotFoundError
 from igstore.images import prepare
 from igstore.models import Classifier, classifier_from_module, load_classifier, torchvision_names
 from igstore.normalisation import normalise
 from igstore.schema import Preprocessing
-from igstore.weights import state_sha256
 
 ARTICLE = ("vgg16", "inception_v3", "resnet50", "densenet121")
 ARCHITECTURES = (*ARTICLE, "vit_b_16", "swin_t", "convnext_tiny", "mobilenet_v3_small")

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from test_faults import SHARD_SIZE, assert_undisturbed, build, folder, forks, whole  # noqa: F401
 
-from igstore import build_store, cli, files, staging
+from igstore import build_store, cli
+from igstore.building.parts import Part
 from igstore.errors import UserError
-from igstore.parts import Part
-from igstore.presence import at_work
-from igstore.reader import StoreReader
+from igstore.storage import files, staging
+from igstore.storage.presence import at_work
+from igstore.storage.reader import StoreReader
 
 
 @pytest.mark.parametrize("n_shards", [0, 1, 5, 100])

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from igstore.errors import UserError
-from igstore.proportions import mcnemar_p, wilson_interval
+from igstore.reporting.proportions import mcnemar_p, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
 
-from igstore import cli, layout, rank, store
+from igstore import cli, rank
 from igstore.blocks import SCORES
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.rank import main, rank_store
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, FAILED, BuildSpec, Preprocessing
-from igstore.store import create_store, extend_store, write_rank_shard, write_shard
+from igstore.storage import layout, store
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import create_store, extend_store, write_rank_shard, write_shard
 
 N, SHARD_SIZE = 23, 10  # three shards, the last of three images
 ALL_SHARDS = (0, 1, 2)
@@ -310,7 +311,7 @@ def test_a_store_that_grew(tmp_path, maps):
 KILLED = """
 import os, signal, sys
 import dask
-from igstore import files
+from igstore.storage import files
 from igstore.rank import rank_store
 
 write, calls = files.write_atomically, 0

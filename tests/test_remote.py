@@ -19,15 +19,16 @@ from servers import Served, http_server
 from stores import make_store
 from torch.utils.data import DataLoader
 
-from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_store, sources
+from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_store
 from igstore.cli import run
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnreachableError, UserError
 from igstore.evaluate import evaluate
 from igstore.info import main as info_main
 from igstore.info import store_info
 from igstore.models import classifier_from_module
-from igstore.reader import StoreReader
 from igstore.schema import Preprocessing
+from igstore.storage import sources
+from igstore.storage.reader import StoreReader
 from igstore.verify import verify_store
 
 N, SHARD = 10, 4

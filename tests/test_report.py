@@ -17,16 +17,16 @@ from PIL import Image
 from scipy.stats import binomtest
 from stores import CLASS_NAMES, make_store
 
-from igstore.charts import LOOKS, look_in_turn
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
-from igstore.findings import Findings
 from igstore.masking import MaskedImages, MaskOptions
-from igstore.reader import StoreReader
 from igstore.report import make_report
-from igstore.results import Pairing, Row, Shown, measure, predictions, settings_sha256
-from igstore.results_folder import PREDICTIONS, RESULTS, write_report
+from igstore.reporting.charts import LOOKS, look_in_turn
+from igstore.reporting.findings import Findings
+from igstore.reporting.results import Pairing, Row, Shown, measure, predictions, settings_sha256
+from igstore.reporting.results_folder import PREDICTIONS, RESULTS, write_report
 from igstore.schema import BUILT
 from igstore.show import show_store
+from igstore.storage.reader import StoreReader
 
 pytest.importorskip("matplotlib")
 

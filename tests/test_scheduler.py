@@ -18,9 +18,9 @@ from networks import Smooth
 from test_faults import SHARD_SIZE, N, assert_undisturbed, folder, forks, has_begun, store, whole  # noqa: F401
 
 from igstore import Preprocessing, build_store
-from igstore.cluster import Order
+from igstore.building.cluster import Order
 from igstore.errors import SettingsMismatchError, UserError
-from igstore.reader import StoreReader
+from igstore.storage.reader import StoreReader
 
 TESTS = Path(__file__).parent
 SETTINGS: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_a_worker_that_is_killed_in_the_middle(cluster, folder, store, whole, ca
 
 def test_workers_load_the_network_once_and_forget_it(cluster, folder, store, whole):  # noqa: F811
     def held(dask_worker: Any) -> int:
-        from igstore.cluster import _worker
+        from igstore.building.cluster import _worker
 
         return _worker.cache_info().currsize
 

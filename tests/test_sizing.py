@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from stores import make_store
 
-from igstore.reader import StoreReader
+from igstore.storage.reader import StoreReader
 from pipelines.sizing import _ID_LENGTH, _RECORD_IN_MEMORY, Size, main, spec_of, table
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"

@@ -11,12 +11,12 @@ from networks import Smooth
 from torch import nn
 
 from igstore import attribution
-from igstore.acceleration import accelerate
 from igstore.attribution import integrated_gradients
-from igstore.attributor import Attributor
+from igstore.engine.acceleration import accelerate
+from igstore.engine.attributor import Attributor
+from igstore.engine.stem import Hoisted, hoist_stem
 from igstore.models import Classifier
 from igstore.schema import BuildSpec, Preprocessing
-from igstore.stem import Hoisted, hoist_stem
 
 NETWORKS = {
     "resnet18": lambda: torchvision.models.resnet18(weights=None),
@@ -138,7 +138,7 @@ class Odd(nn.Module):
     ],
 )
 def test_where_the_stem_cannot_be_taken_out_the_network_stays_whole(way, caplog):
-    caplog.set_level(logging.INFO, logger="igstore.stem")
+    caplog.set_level(logging.INFO, logger="igstore.engine.stem")
     network = seeded(lambda: Odd(way)) if way != "no convolution" else nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     assert hoist_stem(network, images(1, 8, torch.float32)) is network
     assert caplog.text
@@ -153,7 +153,7 @@ def test_a_body_that_does_not_run_alone_keeps_its_stem(caplog):
         def forward(self, x):
             return self.conv(x).relu().mean((2, 3)) / self.conv.weight.abs().sum()
 
-    caplog.set_level(logging.INFO, logger="igstore.stem")
+    caplog.set_level(logging.INFO, logger="igstore.engine.stem")
     network = seeded(Strict)
     assert hoist_stem(network, images(1, 8, torch.float32)) is network
     assert "does not run alone" in caplog.text

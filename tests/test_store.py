@@ -13,7 +13,6 @@ import tensorstore
 import xarray as xr
 import zarr
 
-from igstore import layout
 from igstore.errors import (
     DamagedStoreError,
     SettingsMismatchError,
@@ -21,9 +20,10 @@ from igstore.errors import (
     StoreNotFoundError,
     UserError,
 )
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, BuildSpec, Preprocessing
-from igstore.store import create_store, extend_store, finish_store, write_shard
+from igstore.storage import layout
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import create_store, extend_store, finish_store, write_shard
 
 SPEC = BuildSpec(
     model="model",
@@ -190,7 +190,7 @@ def test_anything_but_a_whole_shard_is_refused_and_nothing_is_written(path, spoi
 
 
 def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
-    monkeypatch.setattr("igstore.store.consolidate", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("igstore.storage.store.consolidate", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         make(path)
     assert list(path.parent.iterdir()) == []

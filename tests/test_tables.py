@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from igstore.results import Row
-from igstore.tables import WIDTH, Table, article_tables
+from igstore.reporting.results import Row
+from igstore.reporting.tables import WIDTH, Table, article_tables
 
 ROW = Row(
     store="resnet50.zarr",

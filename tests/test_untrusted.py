@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from stores import make_store
 
 from igstore import IgstoreError, open_store, store_info, verify_store
-from igstore.files import sealed
 from igstore.info import describe as describe_info
-from igstore.reader import StoreReader
+from igstore.storage.files import sealed
+from igstore.storage.reader import StoreReader
 from igstore.verify import describe as describe_findings
 
 # examples are damaged copies of one small store; the same ones every time

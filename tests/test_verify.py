@@ -13,22 +13,14 @@ import zarr
 from networks import Smooth
 from torch import Tensor, nn
 
-from igstore import (
-    Classifier,
-    Preprocessing,
-    build_store,
-    classifier_from_module,
-    cli,
-    layout,
-    rank_store,
-    verify_store,
-)
-from igstore.attributor import Attributor
+from igstore import Classifier, Preprocessing, build_store, classifier_from_module, cli, rank_store, verify_store
+from igstore.engine.attributor import Attributor
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
-from igstore.files import sealed
-from igstore.reader import StoreReader
 from igstore.schema import FAILED
-from igstore.store import extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
+from igstore.storage import layout
+from igstore.storage.files import sealed
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
 from igstore.verify import main
 
 N, SHARD_SIZE, N_CLASSES = 21, 8, 7  # three shards, the last of five images

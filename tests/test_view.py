@@ -30,8 +30,8 @@ from zarr.codecs import ZstdCodec
 from igstore import keep_mask, masked_view, open_store
 from igstore.__main__ import COMMANDS
 from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
-from igstore.reader import StoreReader
-from igstore.store import consolidate
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import consolidate
 from igstore.view import requested_range, save_page, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -16,8 +16,6 @@ import zarr
 from PIL import Image
 from stores import CLASS_NAMES, WNIDS, image_ids, make_store, recompute
 
-from igstore import layout
-from igstore.arrays import ImageArray
 from igstore.blocks import SCORES
 from igstore.errors import (
     DamagedStoreError,
@@ -30,9 +28,11 @@ from igstore.errors import (
 from igstore.images import as_image_list
 from igstore.masks import FILLS, SELECTIONS, FillContext
 from igstore.rank import rank_store
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, FAILED, NOT_BUILT, Keep, Preprocessing
-from igstore.store import finish_store
+from igstore.storage import layout
+from igstore.storage.arrays import ImageArray
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import finish_store
 from igstore.views import keep_mask, masked_view, open_store
 
 N = 10

@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 from igstore import cli
-from igstore.acceleration import accelerate
 from igstore.attribution import check_precision, numerics
-from igstore.attributor import Attributor
-from igstore.devices import find_device
+from igstore.building.devices import find_device
+from igstore.engine.acceleration import accelerate
+from igstore.engine.attributor import Attributor
+from igstore.engine.memory import available_memory, gradient_bytes
+from igstore.engine.stem import Hoisted, hoist_stem
 from igstore.errors import UserError
-from igstore.memory import available_memory, gradient_bytes
 from igstore.models import Classifier, load_classifier
 from igstore.normalisation import normalise
 from igstore.schema import BuildSpec, Precision
-from igstore.stem import Hoisted, hoist_stem
 from pipelines.bench import machine, output, peers, rounds
 from pipelines.bench.agreement import completeness_errors, mask_iou
 from pipelines.bench.floor import Floor, count_work

@@ -15,13 +15,13 @@ import torch
 
 import igstore
 from igstore import cli
-from igstore.acceleration import accelerate
 from igstore.attribution import numerics
 from igstore.batches import MaskedBatches
-from igstore.devices import find_device
+from igstore.building.devices import find_device
+from igstore.engine.acceleration import accelerate
 from igstore.models import Classifier, load_classifier
-from igstore.reader import StoreReader
 from igstore.schema import BUILT
+from igstore.storage.reader import StoreReader
 from pipelines.bench import machine, output, rounds
 
 _BATCH = {"cpu": 32, "cuda": 128}

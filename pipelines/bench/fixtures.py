@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from igstore import cli, layout
+from igstore import cli
 from igstore.errors import UserError
 from igstore.schema import BUILT, BuildSpec, Preprocessing
-from igstore.store import create_store, finish_store, write_shard
+from igstore.storage import layout
+from igstore.storage.store import create_store, finish_store, write_shard
 
 _ROLL = 4999  # a prime: no two shards are rolled alike
 

@@ -14,9 +14,9 @@ import torch
 from matplotlib.figure import Figure
 
 from igstore import cli
-from igstore.acceleration import accelerate
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics
-from igstore.devices import find_device
+from igstore.building.devices import find_device
+from igstore.engine.acceleration import accelerate
 from igstore.models import Classifier, load_classifier
 from igstore.normalisation import normalise
 from igstore.quadrature import METHODS

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from igstore import cli, layout
+from igstore import cli
 from igstore.blocks import block_grid
 from igstore.rank import rank_store
-from igstore.reader import StoreReader
+from igstore.storage import layout
+from igstore.storage.reader import StoreReader
 from pipelines.bench import fixtures, machine, output, rounds
 from pipelines.bench.fresh import Outcome, in_fresh_process
 

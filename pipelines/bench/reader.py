@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from igstore import cli, layout
-from igstore.devices import find_device
-from igstore.reader import StoreReader
+from igstore import cli
+from igstore.building.devices import find_device
+from igstore.storage import layout
+from igstore.storage.reader import StoreReader
 from pipelines.bench import fixtures, machine, output, rounds, sources
 from pipelines.bench.sources import BATCH, Batches, Data, Order
 

@@ -28,8 +28,8 @@ from igstore import MaskedImageNet
 from igstore.batches import MaskedBatch, MaskedBatches
 from igstore.errors import UserError
 from igstore.masking import MaskOptions
-from igstore.reader import StoreReader
 from igstore.schema import BUILT, Preprocessing
+from igstore.storage.reader import StoreReader
 from pipelines.bench import fixtures
 
 _CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import torch
 
 import igstore
 from igstore import cli
-from igstore.reader import StoreReader
 from igstore.schema import Preprocessing
+from igstore.storage.reader import StoreReader
 from pipelines.bench import fixtures, machine, output, rounds
 from pipelines.bench.fresh import in_fresh_process
 from pipelines.bench.pictures import smooth_pictures

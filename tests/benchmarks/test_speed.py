@@ -14,13 +14,13 @@ from networks import Smooth
 from stores import make_store
 
 from igstore import MaskedImageNet, integrated_gradients
-from igstore.acceleration import accelerate
 from igstore.attribution import to_float16
 from igstore.batches import MaskedBatches
 from igstore.blocks import block_ranks, block_shares, block_sums, rank_blocks
+from igstore.engine.acceleration import accelerate
+from igstore.engine.stem import hoist_stem
 from igstore.masking import MaskOptions
-from igstore.reader import StoreReader
-from igstore.stem import hoist_stem
+from igstore.storage.reader import StoreReader
 
 N_IMAGES = 64
 RANDOM = np.random.default_rng(0).permutation(N_IMAGES)

@@ -1,0 +1,51 @@
+"""Who attributes, as the options say: this process, one for each of several devices, or the workers of a cluster."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from igstore.attribution import check_precision
+from igstore.building.builder import Hire
+from igstore.building.cluster import Cluster, Order
+from igstore.building.devices import find_devices
+from igstore.building.plan import Build
+from igstore.building.processes import Processes
+from igstore.building.worker import Worker
+
+
+def choose_workers(
+    build: Build,
+    *,
+    scheduler: str | None,
+    device: str,
+    batch_size: int | None,
+    workers: int | None,
+    **source: Any,
+) -> Hire:
+    """What gives those who attribute `build` when there is something to do.
+
+    Parameters
+    ----------
+    build
+        What to build.
+    scheduler, device, batch_size, workers
+        As `build_store`.
+    source
+        What `build` was planned from, as `Order.of` takes it.
+
+    Raises
+    ------
+    UserError
+        There are no such devices, they do not have the precision that is asked for, or `source` says nothing to a
+        cluster.
+    """
+    if scheduler is not None:
+        order = Order.of(build, device=device, batch_size=batch_size, workers=workers, **source)
+        return lambda _: Cluster(order, scheduler=scheduler)
+    devices = find_devices(device)
+    for one in devices:
+        check_precision(build.spec.precision, one)
+    if len(devices) == 1:
+        return partial(Worker, device=devices[0], batch_size=batch_size, workers=workers)
+    return partial(Processes, devices=devices, batch_size=batch_size, workers=workers)

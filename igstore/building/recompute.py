@@ -1,0 +1,98 @@
+"""Attributing some images of a store again, to see whether its maps are those of the model that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igstore.blocks import block_ranks, block_shares, block_sums
+from igstore.building.devices import find_device
+from igstore.engine.attributor import Attributor
+from igstore.errors import UserError
+from igstore.models import Classifier, load_classifier
+from igstore.pixels import find_pixels, open_pixels
+from igstore.schema import BUILT, IMPORTED, BuildSpec
+from igstore.storage.integrity import Finding
+from igstore.storage.reader import StoreReader
+
+_BATCH = 16  # images in memory at a time
+_LEAST_IOU = 0.99  # other batches, threads or devices of one precision stay above it
+_OUTPUT_ERROR = {"float32": 1e-3, "tf32": 1e-2, "float16": 1e-2}  # relative to the output, or to 1 if it is smaller
+
+
+class Recomputation:
+    """Built images of a store, chosen at random, to be attributed again; parameters and errors as `verify_store`.
+
+    What may be wrong with the parameters is found before anything is computed.
+    """
+
+    def __init__(
+        self, store: StoreReader, count: int, *, images: Any, weights: str | None, device: str, seed: int
+    ) -> None:
+        if seed < 0:
+            raise UserError(f"seed is {seed}; it must be at least 0")
+        store.array("attribution")  # raises where a thin copy leaves it out
+        if store.spec.method == IMPORTED:
+            raise UserError(
+                f"the maps of {store.where} were made by {store.spec.maps_by}, and imported: igstore cannot make them "
+                "again; leave --recompute out"
+            )
+        built = np.flatnonzero(store.status == BUILT)
+        self._store = store
+        self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
+        self._source = open_pixels(store, find_pixels(images))
+        self._attributor = Attributor(_load(store.spec, weights), store.spec, device=find_device(device))
+
+    def findings(self) -> Iterator[Finding]:
+        """What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks."""
+        store, chosen = self._store, self._chosen
+        overlaps = np.ones(len(chosen))
+        for start in range(0, len(chosen), _BATCH):
+            batch = slice(start, start + _BATCH)
+            images = chosen[batch]
+            ids = [store.image_ids[image] for image in images]
+            again = self._attributor(self._source.read(images), store.scalars("label")[images], ids, [""] * len(ids))
+            overlaps[batch] = _overlaps(again["attribution"], store.array("attribution").read(images))
+            error = _OUTPUT_ERROR[store.spec.precision]
+            same = np.isclose(again["output"], store.scalars("output")[images], rtol=error, atol=error)
+            for image in images[~same].tolist():
+                problem = f"holds another output for image {store.image_ids[image]} than the model gives now"
+                yield self._finding(image, "output", problem)
+        if overlaps.size and overlaps.mean() < _LEAST_IOU:
+            least = int(chosen[overlaps.argmin()])
+            problem = (
+                f"holds other maps than the model gives now: masks at p=50 of {len(chosen)} images overlap by "
+                f"{overlaps.mean():.3f} on average, by {overlaps.min():.3f} for image {store.image_ids[least]}"
+            )
+            yield self._finding(least, "attribution", problem)
+
+    def _finding(self, image: int, array: str, problem: str) -> Finding:
+        shard = image // self._store.shard_size
+        return Finding(problem, self._store.shard_files(shard)[array], shard, array)
+
+
+def _load(spec: BuildSpec, weights: str | None) -> Classifier:
+    """The model that a store names, with the weights that it was made with."""
+    try:
+        # what is recorded is a name that loads them, or the name of a file, or of what the model brings by itself
+        classifier = load_classifier(spec.model, weights or spec.weights)
+    except UserError:
+        if weights is not None:
+            raise
+        classifier = load_classifier(spec.model)
+    if classifier.weights_sha256 != spec.weights_sha256:
+        raise UserError(
+            f"the weights of {spec.model} at hand are others (sha256 {classifier.weights_sha256[:12]}) than those that "
+            f"the store was made with ({spec.weights}, sha256 {spec.weights_sha256[:12]}); give weights: their file"
+        )
+    return classifier
+
+
+def _overlaps(one: NDArray[np.float16], other: NDArray[np.float16]) -> NDArray[np.float64]:
+    """Intersection over union of the blocks that hold half of each map's positive attribution, (image,)."""
+    top = [block_shares(scores, block_ranks(scores)) < np.float32(0.5) for scores in map(block_sums, (one, other))]
+    both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)

@@ -1,0 +1,180 @@
+"""One process with one device, which builds the shards that it is given.
+
+Decoding runs ahead in threads, attribution in the main thread, writing behind in a thread of its own, so that the
+accelerator waits for neither. What is finished is kept: `igstore.storage.staging` says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from igstore.building import provenance
+from igstore.building.decoding import Decoder, Job
+from igstore.building.plan import Build
+from igstore.building.shards import ShardWriter
+from igstore.engine.attributor import Arrays, Attributor
+from igstore.schema import BUILT, FAILED
+from igstore.storage import layout, staging
+from igstore.storage.presence import writing
+from igstore.storage.reader import StoreReader
+from igstore.storage.store import write_shard
+
+# Gradient evaluations in a unit, the work that a kill can cost: under a minute on two cores, about a second on a GPU.
+_UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Some images more are done.
+
+    Attributes
+    ----------
+    n_images
+        How many.
+    evaluations
+        Gradient evaluations that it took; None where they turned out to be done already.
+    errors
+        float32, the completeness errors of those that did not fail.
+    """
+
+    n_images: int
+    evaluations: int | None = None
+    errors: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+Report = Callable[[Advance], None]
+
+
+class Workers(Protocol):
+    """Whoever builds shards: one worker here, several processes, or a cluster's."""
+
+    def attribute(self, shards: Sequence[int], report: Report) -> None:
+        """Build `shards`, of a store that is there; `report` hears of every image once."""
+
+
+class Worker:
+    """Builds shards in this process; a context manager.
+
+    Parameters
+    ----------
+    build
+        What to build. Its labels must be the network's classes.
+    device
+        Where to compute.
+    batch_size
+        As `Attributor` takes it.
+    workers
+        Threads that decode images, as `Decoder` takes them.
+    attributor
+        What makes the maps: `Attributor`, or another that is made with the same arguments.
+
+    Raises
+    ------
+    UserError, ModelError, OutOfMemoryError
+        As `Attributor`: before anything is written, since a network may turn out not to be a classifier of such images.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        *,
+        device: torch.device,
+        batch_size: int | None,
+        workers: int | None,
+        attributor: Callable[..., Attributor] = Attributor,
+    ) -> None:
+        self._build = build
+        self._attributor = attributor(build.classifier, build.spec, device=device, batch_size=batch_size)
+        self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
+        self._decoder = Decoder(build.images, build.spec.preprocessing, workers)
+        self._unit = max(1, _UNIT_EVALUATIONS[device.type] // max(1, build.spec.n_steps))  # images
+        self._runtime = provenance.runtime(device)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._decoder.__exit__(*error)
+
+    def attribute(self, shards: Iterable[int], report: Report) -> None:
+        """Build `shards` of the store, which this process is `at_work` at.
+
+        Of a shard that is finished, the images that failed are tried again.
+
+        Parameters
+        ----------
+        shards
+            Their numbers, asked for when the work on those before is nearly done.
+        report
+            Hears of every image once.
+        """
+        build, store = self._build, StoreReader(self._build.path)
+        ids = build.images.ids[: store.n_images]
+        with ShardWriter(build.path, build.spec, ids, self._runtime) as writer:
+            for job, pixels, reasons in self._decoder.decode(self._jobs(shards, store, writer, report)):
+                arrays = self._attributor(pixels, *self._listed(job), reasons)
+                writer.add(job, arrays, is_staged=False)
+                errors = arrays["completeness_error"][arrays["status"] == BUILT]
+                report(Advance(len(job), int(arrays["n_steps"].sum()), errors))
+
+    def _jobs(self, shards: Iterable[int], store: StoreReader, writer: ShardWriter, report: Report) -> Iterator[Job]:
+        """The units that are neither staged nor, by somebody else since this build began, in a finished shard."""
+        for shard in shards:
+            record = store.record(shard)
+            if record is not None:
+                if record["failed"]:
+                    self._retry_failed(shard, record)
+                report(Advance(record["images"][1] - record["images"][0]))
+                continue
+            for job in self._units(shard, *store.bounds(shard)):
+                staged = staging.load_unit(self._build.path, store.spec, job.first, len(job))
+                # a unit in which an image failed is done again whole, in the same batches
+                if staged is not None and not (staged["status"] == FAILED).any():
+                    writer.add(job, staged, is_staged=True)
+                elif store.record(shard) is None:
+                    yield job
+                    continue
+                report(Advance(len(job)))
+
+    def _units(self, shard: int, first: int, last: int) -> Iterator[Job]:
+        for start in range(first, last, self._unit):
+            yield Job(shard, start, min(start + self._unit, last))
+
+    def _listed(self, job: Job) -> tuple[NDArray[np.int16], Sequence[str]]:
+        images = self._build.images
+        return images.labels[job.first : job.last], images.ids[job.first : job.last]
+
+    def _retry_failed(self, shard: int, record: dict[str, Any]) -> None:
+        """Try the failed images of a finished shard again, and write it anew if that changed anything."""
+        ids, store = self._build.images.ids, StoreReader(self._build.path)
+        first, last = record["images"]
+        failed = np.flatnonzero(store.status[first:last] == FAILED).tolist()
+        jobs = [Job(shard, first + place, first + place + 1) for place in failed]
+        changed: dict[int, Arrays] = {}
+        for job, pixels, reasons in self._decoder.decode(jobs):
+            arrays = self._attributor(pixels, *self._listed(job), reasons)
+            if str(arrays["reason"][0]) != record["failed"].get(ids[job.first]):
+                changed[job.first - first] = arrays
+        if not changed:
+            return
+        names = [name for name in layout.variables(store.spec) if name not in layout.LISTED]
+        whole = {name: store.array(name).read(range(first, last)) for name in names}
+        reasons_by_id = dict(record["failed"])
+        for place, arrays in changed.items():
+            for name in names:
+                whole[name][place] = arrays[name][0]
+            reasons_by_id.pop(ids[first + place], None)
+            if reason := str(arrays["reason"][0]):
+                reasons_by_id[ids[first + place]] = reason
+        kept = {name: value for name, value in record.items() if name not in ("shard", "images", "files")}
+        kept |= {"failed": reasons_by_id, "evaluations": int(whole["n_steps"].sum())}
+        if "in_top5" in record:  # not known of shards that a merge has mixed
+            kept["in_top5"] += sum(int(arrays["in_top5"][0]) for arrays in changed.values())
+        with writing(self._build.path):
+            write_shard(self._build.path, store.spec, store.n_images, shard, whole, kept)

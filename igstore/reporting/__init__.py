@@ -1,0 +1,1 @@
+"""What is made of an evaluation: numbers, tables, pictures and the page."""

@@ -1,0 +1,184 @@
+"""Show a store's images to networks, unmasked and under every mask. Each image is read once for all of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from igstore.attribution import logits, numerics
+from igstore.batches import MaskedBatch, MaskedBatches
+from igstore.building import provenance
+from igstore.engine.acceleration import accelerate
+from igstore.errors import ModelError, UserError
+from igstore.masking import MaskOptions
+from igstore.models import Classifier
+from igstore.progress import Progress
+from igstore.reporting.results import Pairing, Shown, settings_sha256
+from igstore.schema import BUILT, UNKNOWN_LABEL
+from igstore.storage.reader import StoreReader
+
+_BATCH = {"cpu": 32, "cuda": 128}  # images; larger batches gain nothing
+
+# predicted class, whether the label is in the top five, visible share: (1 + cell, image), first the unmasked images
+_Views = tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.float64]]
+
+
+class ShowingPlan:
+    """What to show to whom: a store's images under some masks, to some classifiers. Checks what can be checked.
+
+    Parameters
+    ----------
+    store
+        Ranked for every mask.
+    classifiers
+        Each gets its own normalisation, and the images at its own input size.
+    cells
+        The masks.
+    images
+        Where the pixels are, for a store without; as `MaskedBatches`.
+    limit
+        Only the first so many built images; None is all.
+    batch_size
+        Images at once; None is a good number for the device.
+    device
+        Where to compute.
+
+    Raises
+    ------
+    UserError
+        No image has a label, `limit` or `batch_size` is below 1, or as `MaskedBatches`.
+    """
+
+    def __init__(
+        self,
+        store: StoreReader,
+        classifiers: Sequence[Classifier],
+        cells: Sequence[MaskOptions],
+        *,
+        images: Any,
+        limit: int | None,
+        batch_size: int | None,
+        device: torch.device,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise UserError(f"limit is {limit}; it must be at least 1 image")
+        self.store = store
+        self.classifiers = classifiers
+        self.cells = cells
+        self.device = device
+        self.images = np.flatnonzero(store.status == BUILT)[:limit]
+        self.batches = MaskedBatches(
+            store,
+            cells,
+            networks=[classifier.preprocessing for classifier in classifiers],
+            images=images,
+            where=np.isin(np.arange(store.n_images), self.images),
+            device=device,
+            batch_size=_BATCH[device.type] if batch_size is None else batch_size,
+        )
+        self.labels = store.scalars("label")[self.images]
+        if (self.labels == UNKNOWN_LABEL).all():
+            raise UserError(f"no image of {store.where} has a label, so there is no accuracy to measure")
+
+
+def show(plans: Sequence[ShowingPlan], *, show_progress: bool) -> list[Shown]:
+    """Carry out plans on one device: what each classifier makes of each store's images, in float32.
+
+    Raises
+    ------
+    UserError
+        A label is not one of a network's classes, or the memory does not suffice.
+    ModelError
+        A network does not classify such images, or its outputs are not finite.
+    """
+    n_images = sum(len(plan.images) for plan in plans)
+    shown = []
+    with numerics("float32", plans[0].device), Progress(n_images, label="evaluate", show=show_progress) as progress:
+        # all of them first, so that one that does not work is found before the work begins
+        networks = {
+            classifier: accelerate(
+                classifier.network, torch.zeros(1, 3, *classifier.preprocessing.crop).to(plan.device)
+            )
+            for plan in plans
+            for classifier in plan.classifiers
+        }
+        for plan in plans:
+            shown += _show(plan, networks, progress)
+    return shown
+
+
+def _show(plan: ShowingPlan, networks: dict[Classifier, nn.Module], progress: Progress) -> list[Shown]:
+    views: list[list[_Views]] = [[] for _ in plan.classifiers]
+    with torch.inference_mode():
+        for batch in plan.batches:
+            for classifier, of_classifier in zip(plan.classifiers, views, strict=True):
+                of_classifier.append(_view(batch, classifier, networks[classifier], plan.cells))
+            progress.advance(len(batch))
+    ids = [plan.store.image_ids[image] for image in plan.images.tolist()]
+    errors, steps = (plan.store.scalars(name)[plan.images] for name in ("completeness_error", "n_steps"))
+    names = plan.store.attributes.get("class_names", ())
+    shown = []
+    for classifier, of_classifier in zip(plan.classifiers, views, strict=True):
+        prediction, in_top5, visible = (np.hstack(arrays) for arrays in zip(*of_classifier, strict=True))
+        pairing = _pairing(plan.store, classifier, plan.device)
+        shown.append(Shown(pairing, ids, plan.labels, prediction, in_top5, visible, errors, steps, names))
+    return shown
+
+
+def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells: Sequence[MaskOptions]) -> _Views:
+    own = classifier.preprocessing
+    inputs = itertools.chain([batch.unmasked(own)], (batch.masked(cell, own) for cell in cells))
+    scores = torch.stack([scores_of(network, images, classifier.name) for images in inputs])  # (1 + cell, image, class)
+    n_classes = scores.shape[2]
+    if batch.labels.max() >= n_classes:
+        raise UserError(
+            f"an image has class index {batch.labels.max()}, but {classifier.name} has {n_classes} classes (0 to "
+            f"{n_classes - 1}): it is a model for another data set"
+        )
+    if not scores.isfinite().all():
+        raise ModelError(f"{classifier.name} gives outputs that are not finite")
+    labels = torch.as_tensor(batch.labels, device=scores.device)[:, None]
+    in_top5 = (scores.topk(min(5, n_classes), dim=2).indices == labels).any(dim=2)
+    visible = torch.stack([batch.visible(cell, own) for cell in cells])
+    return (
+        scores.argmax(dim=2).cpu().numpy().astype(np.int16),
+        in_top5.cpu().numpy(),
+        np.vstack([np.ones(len(batch)), visible.cpu().numpy()]),
+    )
+
+
+def scores_of(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
+    """The network's float32 outputs (image, class)."""
+    try:
+        return logits(network, inputs.contiguous(memory_format=torch.channels_last), len(inputs)).float()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller batch size") from error
+
+
+def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -> Pairing:
+    spec, versions = store.spec, provenance.versions()["versions"]
+    return Pairing(
+        store=store.where.rpartition("/")[2],
+        store_model=spec.model,
+        store_weights=spec.weights,
+        store_weights_sha256=spec.weights_sha256,
+        store_settings_sha256=settings_sha256(spec),
+        baseline=spec.baseline,
+        target=spec.target,
+        output=spec.output,
+        method=spec.maps_by or spec.method,
+        n_steps=spec.n_steps,
+        reduce=spec.reduce,
+        model=classifier.name,
+        weights=classifier.weights,
+        weights_sha256=classifier.weights_sha256,
+        device=provenance.device_name(device),
+        igstore_version=versions["igstore"],
+        torch_version=versions["torch"],
+    )

@@ -1,0 +1,105 @@
+"""Writing a store as one HDF5 file; `igstore.storage.hdf5` says what is in it. h5py is imported when that is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igstore.errors import UserError
+from igstore.progress import Progress
+from igstore.rank import ranking_attributes
+from igstore.schema import IMAGE
+from igstore.storage import files, hdf5
+from igstore.storage.copies import read_shard
+from igstore.storage.layout import LISTED
+from igstore.storage.reader import Sharded, StoreReader
+
+_ALIGNMENT = 4096  # bytes: datasets of that size and more begin at pages of memory
+_SHARD = "shard"  # the dimension of records
+_BARE_DIMENSION = "This is a netCDF dimension but not a netCDF variable.%10d"  # netCDF-4's own words
+
+
+def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
+    """Write a finished store as one file.
+
+    Parameters
+    ----------
+    store
+        As `igstore.storage.copies.check_finished` wants it.
+    path
+        The file; nothing must be there.
+    progress
+        Counts the images.
+
+    Raises
+    ------
+    UserError
+        h5py is not installed.
+    DamagedStoreError
+        A shard is not what its record says.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
+    rankings = [store.ranking(name) for name in store.rankings]
+    alignment = {"alignment_threshold": _ALIGNMENT, "alignment_interval": _ALIGNMENT}
+    # the oldest format in which an attribute may exceed 64 kB, as a list of class names may
+    with h5py.File(path, "x", libver=("v110", "v110"), **alignment) as file:
+        raw = {name: value for name, value in store.attributes.items() if name != "compress"}
+        _lay_out(file, store, None, files.sealed(raw))
+        for ranking in rankings:
+            attributes = ranking_attributes(store.spec, ranking.score, ranking.block)
+            _lay_out(file, ranking, ranking.name, attributes)
+        for shard in range(store.n_shards):
+            record = _write_shard(file, store, None, shard)
+            for ranking in rankings:
+                _write_shard(file, ranking, ranking.name, shard, attribution_sha256=store.attribution_sha256(record))
+            first, last = store.bounds(shard)
+            progress.advance(last - first)
+    files.flush(path)
+
+
+def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping[str, Any]) -> None:
+    """Make the datasets of a store or of a ranking, empty, with netCDF-4's names of dimensions."""
+    import h5py
+
+    home = file.require_group(f"ranks/{ranking}") if ranking else file
+    for name, value in hdf5.attribute_values(attributes).items():
+        home.attrs[name] = value
+    lengths = {IMAGE: group.n_images, **group.sizes}
+    for name, variable in group.variables.items():
+        dtype = h5py.string_dtype() if variable.dtype == "string" else np.dtype(variable.dtype).newbyteorder("<")
+        dataset = file.create_dataset(group.array_path(name), [lengths[dim] for dim in variable.dims], dtype)
+        dataset.attrs["description"] = variable.description
+        for axis, dim in enumerate(variable.dims):
+            # those of all images are the root's
+            dataset.dims[axis].attach_scale(_dimension(file if dim == IMAGE else home, dim, lengths[dim]))
+    records = file.create_dataset(hdf5.records_dataset(ranking), (group.n_shards,), h5py.string_dtype())
+    records.dims[0].attach_scale(_dimension(file["records"], _SHARD, group.n_shards))
+
+
+def _dimension(group: Any, name: str, length: int) -> Any:
+    """The dimension of a group, made as netCDF-4 makes those without coordinates; it takes no room."""
+    if name not in group:
+        scale = group.create_dataset(name, (length,), ">f4")
+        scale.make_scale(_BARE_DIMENSION % length)
+    return group[name]
+
+
+def _write_shard(file: Any, group: Sharded, ranking: str | None, shard: int, **fields: Any) -> dict[str, Any]:
+    """Write a shard's piece of every dataset, and then its record with these `fields`, which is returned."""
+    record, arrays = read_shard(group, shard)
+    arrays |= {name: group.values(name, shard, record) for name in group.variables if name in LISTED}
+    first, last = group.bounds(shard)
+    sums = {}
+    for name, values in arrays.items():
+        file[group.array_path(name)][first:last] = values.astype(object) if values.dtype.kind == "T" else values
+        sums[group.shard_files(shard)[name]] = hdf5.piece_checksum(values)
+    record = files.sealed({**record, **fields, "files": sums})
+    file[hdf5.records_dataset(ranking)][shard] = json.dumps(record)
+    return record

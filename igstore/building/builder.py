@@ -1,7 +1,8 @@
 """Carrying out a build: make room for it, have what is missing attributed, finish.
 
 What was finished and has been damaged since is found by its checksums, and built again. Who attributes is somebody
-else's business: a worker here (`worker`), several processes (`processes`), a cluster's workers (`cluster`). Several jobs may each build a part; whichever finds all shards done finishes the store.
+else's business: a worker here (`worker`), several processes (`processes`), a cluster's workers (`cluster`). Several
+jobs may each build a part; whichever finds all shards done finishes the store.
 """
 
 from __future__ import annotations

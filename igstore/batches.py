@@ -21,7 +21,7 @@ from igstore.engine.memory import freed_memory_kept
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
-from igstore.normalisation import normalisation_table
+from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.pixels import resize
 from igstore.schema import Preprocessing
 from igstore.storage.reader import StoreReader
@@ -225,9 +225,10 @@ class MaskedBatch:
     def _normalise(self, key: tuple[Any, ...], network: Preprocessing) -> Tensor:
         full_key = (*key, network)
         if full_key not in self._normalised:
-            channels = zip(self._tables[network], self._get(*key).unbind(1), strict=True)
-            looked_up = [row.index_select(0, values.flatten().int()).view(values.shape) for row, values in channels]
-            self._normalised[full_key] = torch.stack(looked_up, dim=1)
+            values, table = self._get(*key), self._tables[network]
+            # on a CPU arithmetic is faster than looking up, and gives the same bits
+            by_arithmetic = values.device.type == "cpu"
+            self._normalised[full_key] = normalise(values, network) if by_arithmetic else look_up(values, table)
         return self._normalised[full_key]
 
     def _get(self, *key: Any) -> Tensor:

@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as job schedulers send it before they kill; handled like Ctrl-C but for the exit status."""
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Says an option's default where there is one to say, and its help does not say it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, and which knows the options that all commands have."""
 
     def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"igstore {command}", description=description, formatter_class=_Help, allow_abbrev=False)
+        super().__init__(prog=f"igstore {command}", description=description, formatter_class=Help, allow_abbrev=False)
         # absent where not given, so that the other options can be handed on as they are
         self.add_argument(
             "--quiet", action="store_true", default=argparse.SUPPRESS, help="print errors and the result, nothing else"

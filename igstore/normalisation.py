@@ -34,3 +34,10 @@ def normalisation_table(preprocessing: Preprocessing) -> Tensor:
     Other devices round the division in ways of their own; looking values up gives the CPU's bits on all of them.
     """
     return normalise(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), preprocessing).view(3, 256)
+
+
+def look_up(pixels: Tensor, table: Tensor) -> Tensor:
+    """What `normalise` makes of uint8 pixels (image, 3, y, x), by the table, on the table's device."""
+    channels = zip(table, pixels.unbind(1), strict=True)
+    looked_up = [row.index_select(0, values.flatten().int()).view(values.shape) for row, values in channels]
+    return torch.stack(looked_up, dim=1)

@@ -17,7 +17,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.images import as_image_list
-from igstore.normalisation import normalisation_table, normalise
+from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.schema import Preprocessing
 from igstore.storage.reader import StoreReader
 from igstore.views import masked_view, open_store
@@ -194,7 +194,7 @@ def test_normalisation_is_torchvisions_for_every_pixel_value() -> None:
         pixels = torch.from_numpy(picture.transpose(2, 0, 1).copy())
         assert_same([normalise(pixels, preprocessing)], [expected])
         table = normalisation_table(preprocessing)
-        assert_same([row[channel.long()] for row, channel in zip(table, pixels, strict=True)], expected)
+        assert_same(look_up(pixels[None], table), [expected])
         assert_same([normalise(pixels.float(), preprocessing)], [expected])
         exact = (picture.transpose(2, 0, 1) / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
         torch.testing.assert_close(normalise(pixels.double(), preprocessing), torch.from_numpy(exact))

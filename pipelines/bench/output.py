@@ -16,7 +16,7 @@ def parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m pipelines.bench {benchmark}",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=cli.Help,
         allow_abbrev=False,
     )
 

@@ -182,21 +182,21 @@ def best_captum_batch(
     candidates = candidate_batches(n_steps, len(pixels), largest=min(fitting, _LARGEST_BATCH[device.type]))
 
     def seconds_per_pair(batch_size: int) -> float:
-        """Of one batch: as many steps of as many images as it holds."""
-        n_images, steps = max(1, batch_size // n_steps), min(batch_size, n_steps)
+        """Of all steps of an image, or of as many images as a batch holds."""
+        n_images = max(1, batch_size // n_steps)
         started = time.perf_counter()
         peers.captum(
             network,
             pixels[:n_images],
             classifier.preprocessing,
-            n_steps=steps,
+            n_steps=n_steps,
             batch_size=batch_size,
             device=device,
         )
-        return (time.perf_counter() - started) / (n_images * steps)
+        return (time.perf_counter() - started) / (n_images * n_steps)
 
     seconds_per_pair(candidates[0])  # warms up
-    return fastest_batch(candidates, seconds_per_pair, times=1 if device.type == "cpu" else 3)
+    return fastest_batch(candidates, seconds_per_pair, times=2 if device.type == "cpu" else 3)
 
 
 def candidate_batches(n_steps: int, n_images: int, *, largest: int) -> list[int]:

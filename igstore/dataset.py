@@ -27,7 +27,8 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
 
     It works as torchvision's data sets do, in any `DataLoader` with any number of workers started in any way: it
     pickles as a path, and each process opens the store for itself. Reading many at once (`__getitems__`, which
-    `DataLoader` uses) costs less than one by one.
+    `DataLoader` uses) costs less than one by one. A process that reads keeps up to 512 MiB of freed memory for the next
+    batch, which makes it two to three times faster (`igstore.engine.memory`).
 
     Parameters
     ----------

@@ -95,8 +95,8 @@ def igstore_stand_in(tmp_path: Path) -> Path:
     program.parent.mkdir()
     program.write_text(
         "#!/bin/bash\n"
-        f'echo "$@" >> {tmp_path}/said\n'
         f"trap 'echo terminated >> {tmp_path}/said; exit 143' TERM\n"
+        f'echo "$@" >> {tmp_path}/said\n'
         '[ -z "$WAITS" ] || for _ in {1..200}; do sleep 0.05; done\n'
         'exit "$STATUS"\n'
     )

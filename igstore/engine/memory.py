@@ -57,10 +57,7 @@ def keep_freed_memory(n_bytes: int) -> None:
     next one, which costs more than all else that is done to a batch of images. Where the C library is another one,
     nothing changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, n_bytes)
-        mallopt(_M_TRIM_THRESHOLD, n_bytes)
+    _set_thresholds(mmap=n_bytes, trim=n_bytes)
 
 
 @contextmanager
@@ -70,15 +67,17 @@ def freed_memory_kept() -> Iterator[None]:
     glibc gives every block above 32 MiB back at once, and the system clears its pages again for the next batch: up to a
     third of the time of a gradient on a CPU. Where the C library is another one, nothing changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    _set_thresholds(mmap=1 << 30, trim=(1 << 31) - 1)
     try:
         yield
     finally:
         # where glibc's own adaptation ends in a process that frees large blocks
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        _set_thresholds(mmap=32 << 20, trim=64 << 20)
+
+
+def _set_thresholds(*, mmap: int, trim: int) -> None:
+    """Bytes from which glibc maps a block on its own, and from which it gives free memory back."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, mmap)
+        mallopt(_M_TRIM_THRESHOLD, trim)

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from igstore.engine.memory import freed_memory_kept
 from igstore.errors import UserError
+from igstore.freed_memory import freed_memory_kept
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
 from igstore.normalisation import look_up, normalisation_table, normalise

@@ -105,8 +105,8 @@ def block_sums(maps: ArrayLike, block: int = DEFAULT_BLOCK, score: str = "positi
     n_y, n_x = block_grid(maps.shape[-2], maps.shape[-1], block)
     sums = np.empty((len(maps), n_y, n_x))  # (image, block_y, block_x)
     for image, image_sums in zip(maps, sums, strict=True):
-        rows = _sum_runs(_pixel_scores(image, SCORES[score]), block)  # (block_y, x)
-        image_sums[...] = _sum_runs(rows.T, block).T
+        rows = _sum_runs(_pixel_scores(image, SCORES[score]), block, axis=0)  # (block_y, x)
+        image_sums[...] = _sum_runs(rows, block, axis=1)
     return sums
 
 
@@ -114,7 +114,7 @@ def _pixel_scores(image: NDArray[np.floating[Any]], score: ScoreFunction) -> NDA
     """The scores (y, x) of the pixels of one map (y, x) or (channel, y, x); NaN where the map is not finite."""
     if image.ndim == 2 and image.dtype == np.float16:
         # one look-up does conversion, score and check, in less time than the conversion takes alone
-        return np.take(_score_table(score), image.view(np.uint16), mode="clip")
+        return np.take(_score_table(score), image.view(np.uint16), mode="wrap")
     values = image.astype(np.float64)
     if values.ndim == 3:
         with np.errstate(invalid="ignore"):  # inf - inf is NaN, and reported as such
@@ -135,12 +135,14 @@ def _finite_scores(values: NDArray[np.float64], score: ScoreFunction) -> NDArray
     return np.where(finite, score(np.where(finite, values, 0.0)), np.nan)
 
 
-def _sum_runs(values: NDArray[_Number], length: int) -> NDArray[_Number]:
-    """Sums over runs of `length` rows; the last run is as long as the rows last."""
-    sums = values[::length].copy()
-    for offset in range(1, min(length, len(values))):
-        rows = values[offset::length]
-        sums[: len(rows)] += rows
+def _sum_runs(values: NDArray[_Number], length: int, axis: int) -> NDArray[_Number]:
+    """Sums over runs of `length` along an axis; the last run is as long as the axis lasts."""
+    rows = np.moveaxis(values, axis, 0)
+    sums = np.moveaxis(rows[::length], 0, axis).copy()
+    sum_rows = np.moveaxis(sums, axis, 0)
+    for offset in range(1, min(length, len(rows))):
+        some = rows[offset::length]
+        sum_rows[: len(some)] += some
     return sums
 
 
@@ -263,24 +265,34 @@ def rank_blocks(
         return ranks, block_shares(plain, ranks)
     count, n_blocks = len(sums), sums.shape[1] * sums.shape[2]
     scores = sums.reshape(count, n_blocks)
-    # highest first: the sign is turned, and signed integers are ordered as unsigned ones with their highest bit flipped
-    keys = (-scores ^ np.iinfo(np.int32).min).astype("<i4", copy=False)
-    digits = np.moveaxis(keys.view("<u2").reshape(count, n_blocks, 2), 2, 0)  # (digit, image, block), the lowest first
-    order = np.lexsort(digits, axis=-1) + n_blocks * np.arange(count)[:, None]  # places in the flat array
-    ranked = scores.ravel()[order].astype(np.float64)
-    scored = ranked > 0
+    order = _places_best_first(scores)
+    ranked = scores.ravel().take(order, mode="clip")
+    unscored = ranked <= 0
     np.maximum(ranked, 0, out=ranked)
-    before = ranked.cumsum(axis=1)
+    before = ranked.cumsum(axis=1, dtype=np.int64)  # half of the time that float64 takes
     total = before[:, -1:].copy()
     total[total == 0] = 1  # nothing is scored, and all shares are 1
     before -= ranked
-    before /= total
-    ranked_shares = np.where(scored, np.minimum(before.astype(np.float32), _BELOW_ONE), np.float32(1))
+    ranked_shares = (before / total).astype(np.float32)
+    np.minimum(ranked_shares, _BELOW_ONE, out=ranked_shares)
+    ranked_shares[unscored] = 1
     ranks = np.empty(count * n_blocks, rank_dtype(n_blocks))
-    ranks[order] = np.arange(n_blocks, dtype=ranks.dtype)
+    ranks[order] = np.tile(np.arange(n_blocks, dtype=ranks.dtype), (count, 1))  # broadcast, it would take twice as long
     shares = np.empty(count * n_blocks, np.float32)
     shares[order] = ranked_shares
     return ranks.reshape(sums.shape), shares.reshape(sums.shape)
+
+
+def _places_best_first(scores: NDArray[np.int32]) -> NDArray[np.intp]:
+    """As `_best_first`, for each row of `scores` (image, block): places in the flat array."""
+    # ~score is -score - 1: highest first; signed integers are ordered as unsigned ones with their highest bit flipped
+    keys = ~scores.view(np.uint32) ^ np.uint32(1 << 31)
+    first = scores.shape[1] * np.arange(len(scores))[:, None]  # place of each row
+    order = np.argsort(keys.astype(np.uint16), axis=1, kind="stable") + first  # by the low digit
+    high = (keys >> 16).astype(np.uint16)
+    order_of_order = np.argsort(high.ravel().take(order, mode="clip"), axis=1, kind="stable") + first
+    places: NDArray[np.intp] = order.ravel().take(order_of_order, mode="clip")
+    return places
 
 
 def _fixed_point_sums(maps: NDArray[Any], block: int, score: str) -> NDArray[np.int32] | None:
@@ -296,10 +308,8 @@ def _fixed_point_sums(maps: NDArray[Any], block: int, score: str) -> NDArray[np.
     # without the sign, the bits of 2, of all that is larger, of infinities and of NaN are 0x4000 and above
     if (bits << 1).max() >= 0x8000:
         return None
-    pixels = np.take(table, bits, mode="clip")  # (image, y, x)
-    rows = _sum_runs(np.moveaxis(pixels, 1, 0), block)  # (block_y, image, x)
-    columns = _sum_runs(np.moveaxis(rows, 2, 0), block)  # (block_x, block_y, image)
-    return np.ascontiguousarray(columns.transpose(2, 1, 0))
+    pixels = np.take(table, bits, mode="wrap")  # every index is in the table; this mode looks least at them
+    return _sum_runs(_sum_runs(pixels, block, axis=1), block, axis=2)
 
 
 @cache

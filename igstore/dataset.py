@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
-from igstore.engine.memory import keep_freed_memory
+from igstore.freed_memory import keep_freed_memory
 from igstore.masking import MaskedImages, MaskOptions
 from igstore.normalisation import normalise
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
@@ -28,7 +28,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     It works as torchvision's data sets do, in any `DataLoader` with any number of workers started in any way: it
     pickles as a path, and each process opens the store for itself. Reading many at once (`__getitems__`, which
     `DataLoader` uses) costs less than one by one. A process that reads keeps up to 512 MiB of freed memory for the next
-    batch, which makes it two to three times faster (`igstore.engine.memory`).
+    batch, which makes it two to three times faster (`igstore.freed_memory`).
 
     Parameters
     ----------

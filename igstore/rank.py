@@ -18,6 +18,7 @@ from igstore import __version__, cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, check_block, rank_blocks
 from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
+from igstore.freed_memory import freed_memory_kept
 from igstore.progress import Progress
 from igstore.schema import BuildSpec, Score
 from igstore.storage import layout
@@ -28,7 +29,7 @@ from igstore.storage.store import create_ranking, write_rank_shard
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 4  # images at a time: what is worked out of them stays in the processor's cache
+_BATCH = 8  # images at a time: what is worked out of them stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def rank_store(
                 # workers may have another working folder
                 root = str(reader.root.absolute())
                 tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
-                _compute(tasks, client, progress.advance)
+                with freed_memory_kept():
+                    _compute(tasks, client, progress.advance)
                 presence.sweep()
         else:  # where nothing may be written, nothing need be
             create_ranking(reader.root, name, block=block, attributes=attributes)

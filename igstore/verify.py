@@ -46,7 +46,7 @@ def verify_store(
     """Everything that is wrong with a store, or not there yet; an empty list where nothing is.
 
     It looks at all metadata, at the record of every shard of the store and of its rankings, at every file (by the size
-    and sha256 on record), at what the values mean (scales are powers of two, completeness errors follow from maps and
+    and CRC-32C on record), at what the values mean (scales are powers of two, completeness errors follow from maps and
     outputs, ranks and shares from maps ...), and for files that nothing accounts for. `build_store` with the arguments
     that made the store repairs what is damaged, `rank_store` its rankings.
 

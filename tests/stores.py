@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 
@@ -16,6 +18,12 @@ from igstore.storage.store import create_store, finish_store, write_shard
 
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel")
 WNIDS = tuple(f"n{index:08d}" for index in range(len(CLASS_NAMES)))
+
+
+def checksum(content: bytes) -> dict[str, Any]:
+    """What a record holds of a file with this content."""
+    crc32c = f"{google_crc32c.value(content):08x}"
+    return {"bytes": len(content), "crc32c": crc32c, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def image_ids(n: int) -> list[str]:

@@ -150,7 +150,7 @@ def test_freed_memory_is_used_again_without_asking_the_system(keep):
     # in a process of its own, whose memory no other test has been through
     program = f"""
 import resource, torch
-from igstore.engine.memory import freed_memory_kept, keep_freed_memory
+from igstore.freed_memory import freed_memory_kept, keep_freed_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -478,7 +478,7 @@ def test_a_map_that_is_not_finite(path, maps):
     broken = maps.copy()
     broken[12, 3, 4] = np.nan
     write_maps(path, broken, 1)
-    with pytest.raises(DamagedStoreError, match=r"from image 10: 1 of 4 maps .* position 2.*records/00001\.json"):
+    with pytest.raises(DamagedStoreError, match=r"from image 10: 1 of 8 maps .* position 2.*records/00001\.json"):
         rank_store(path)
 
 

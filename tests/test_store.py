@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import pickle
@@ -12,6 +11,7 @@ import pytest
 import tensorstore
 import xarray as xr
 import zarr
+from stores import checksum
 
 from igstore.errors import (
     DamagedStoreError,
@@ -21,7 +21,7 @@ from igstore.errors import (
     UserError,
 )
 from igstore.schema import BUILT, BuildSpec, Preprocessing
-from igstore.storage import layout
+from igstore.storage import files, layout
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import create_store, extend_store, finish_store, write_shard
 
@@ -168,7 +168,20 @@ def test_records_hold_the_checksums_of_the_files(path):
     }
     for file, entry in record["files"].items():
         content = (path / file).read_bytes()
-        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert entry == checksum(content)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 9, 2**18, 2**18 + 1, 10**6])
+def test_checksums_do_not_depend_on_the_pieces(tmp_path, n_bytes):
+    content = b"123456789" + np.random.default_rng(0).bytes(max(0, n_bytes - 9)) if n_bytes else b""
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    whole = files.checksum(file)
+    assert whole == files.checksum_of([content]) == checksum(content)
+    assert whole == files.checksum_of([content[:5], memoryview(content)[5:]])
+    assert files.crc32c(file) == whole["crc32c"]
+    if n_bytes == 9:
+        assert whole["crc32c"] == "e3069283"  # the check value of CRC-32C in RFC 3720's polynomial
 
 
 @pytest.mark.parametrize(

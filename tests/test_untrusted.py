@@ -203,7 +203,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "one name without end": lambda path: (path / "image_id/c/0").write_bytes(b"\1\0\0\0\xff\xff\xff\x7f" + bytes(50)),
     "records of other files": lambda path: edit(
         path / "records/00000.json",
-        lambda record: record.update(files={"../../outside": {"bytes": 4, "sha256": "0" * 64}}),
+        lambda record: record.update(files={"../../outside": {"bytes": 4, "crc32c": "0" * 8, "sha256": "0" * 64}}),
     ),
     "a record of other images": lambda path: edit(
         path / "records/00000.json", lambda record: record.update(images=[0, 10**15])

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.engine.acceleration import accelerate
 from igstore.engine.baselines import baseline_pixels
-from igstore.engine.memory import available_memory, freed_memory_kept, gradient_bytes
+from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import hoist_stem
 from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
+from igstore.freed_memory import freed_memory_kept
 from igstore.models import Classifier
 from igstore.normalisation import normalise
 from igstore.quadrature import rule

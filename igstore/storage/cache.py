@@ -37,7 +37,7 @@ class ShardCache:
         Parameters
         ----------
         recorded
-            Its size ``bytes`` and its ``sha256`` in hex.
+            Its size ``bytes``, and its ``crc32c`` and ``sha256`` in hex.
         fetch
             Writes it to the path that it is given.
         what

@@ -13,13 +13,14 @@ others as JSON texts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from igstore.storage import files
 
 ATTRIBUTES = "igstore"  # the attribute that holds them all
 SUFFIXES = (".h5", ".hdf5")
@@ -31,7 +32,7 @@ def records_dataset(ranking: str | None) -> str:
 
 
 def piece_checksum(values: NDArray[Any]) -> dict[str, Any]:
-    """Size in bytes and sha256 of a shard's piece of a dataset, (image, ...), as a record holds them.
+    """What a record holds of a shard's piece of a dataset, (image, ...): `files.checksum_of` its bytes.
 
     Numbers count as they are in the file, little-endian; strings as UTF-8, each with a zero byte after it.
     """
@@ -39,7 +40,7 @@ def piece_checksum(values: NDArray[Any]) -> dict[str, Any]:
         content: bytes | memoryview = b"".join(f"{text}\0".encode() for text in values.tolist())
     else:
         content = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data.cast("B")
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return files.checksum_of([content])
 
 
 def attribute_values(attributes: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

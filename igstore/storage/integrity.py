@@ -13,7 +13,7 @@ from igstore.progress import Progress
 from igstore.storage import files
 from igstore.storage.reader import Sharded, StoreReader
 
-_MOST_THREADS = 8  # sha256 runs outside Python's lock, at half a GB/s to two a thread
+_MOST_THREADS = 8  # so many files at a time, so that a file server has something to do
 _PATIENCE = 3.0  # seconds before the progress is shown
 
 

@@ -206,4 +206,8 @@ _RECORD_FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _is_checksum(value: object) -> bool:
-    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("bytes"))
+        and all(isinstance(value.get(name), str) for name in ("crc32c", "sha256"))
+    )

@@ -22,7 +22,7 @@ from igstore.errors import DamagedStoreError, IgstoreError, UnreachableError, Us
 from igstore.storage import files
 from igstore.storage.cache import ShardCache
 
-Recorded = Mapping[str, Any]  # a file's ``bytes`` and ``sha256``, as its record has them
+Recorded = Mapping[str, Any]  # a file's ``bytes``, ``crc32c`` and ``sha256``, as its record has them
 Part = tuple[int, int]  # first byte, and the one after the last
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class LocalFiles:
                 return "is not a regular file"
             if status.st_size != recorded["bytes"]:
                 return _other_size(status.st_size, recorded)
-            return "" if files.checksum(path)["sha256"] == recorded["sha256"] else "has changed since it was written"
+            return "" if files.crc32c(path) == recorded["crc32c"] else "has changed since it was written"
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
@@ -219,10 +219,10 @@ class RemoteFiles:
                 self._download(file, copy)
             except FileNotFoundError:
                 return "is missing"
-            found = files.checksum(copy)
-        if found["bytes"] != recorded["bytes"]:
-            return _other_size(found["bytes"], recorded)
-        return "" if found["sha256"] == recorded["sha256"] else "has changed since it was written"
+            size, crc32c = copy.stat().st_size, files.crc32c(copy)
+        if size != recorded["bytes"]:
+            return _other_size(size, recorded)
+        return "" if crc32c == recorded["crc32c"] else "has changed since it was written"
 
     @cached_property
     def _own_cache(self) -> ShardCache:

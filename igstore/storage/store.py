@@ -341,12 +341,14 @@ def _write_pieces(
         variable = group.variables[name]
         if name in layout.LISTED:
             files.flush(path / file_name)
-        elif variable.is_sharded:
+            sums[file_name] = files.checksum(path / file_name)
+            continue
+        if variable.is_sharded:
             pieces = _shard(arrays[name], spec.shard_size, store.attributes.get("compress"))
-            files.write_atomically(path / file_name, *pieces)
         else:
-            files.write_atomically(path / file_name, _raw_chunk(arrays[name], spec.shard_size, variable))
-        sums[file_name] = files.checksum(path / file_name)
+            pieces = [_raw_chunk(arrays[name], spec.shard_size, variable)]
+        files.write_atomically(path / file_name, *pieces)
+        sums[file_name] = files.checksum_of(pieces)
     check_there(path, spec, n_images)
     content = files.sealed({"shard": shard, "images": [first, last], **record, "files": sums})
     files.write_json(record_path, content)

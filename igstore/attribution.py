@@ -290,8 +290,9 @@ def _add_gradients(
         points = torch.cat([torch.addcmul(start[i, None], alpha[part], difference[i, None]) for i, part in parts])
         gradients = _gradient(network, points, targets[image[begin:end]], output, scaled) * weight[begin:end]
         # one sum an image is deterministic on every device; index_add_ on CUDA is not
+        total = torch.empty_like(gradients[0])  # in the gradients' own layout: across layouts a sum takes 20 times as long
         for i, part in parts:
-            sums[i] += gradients[part.start - begin : part.stop - begin].sum(dim=0)
+            sums[i] += torch.sum(gradients[part.start - begin : part.stop - begin], dim=0, out=total)
 
 
 def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:

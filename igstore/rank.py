@@ -18,7 +18,6 @@ from igstore import __version__, cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, check_block, rank_blocks
 from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
-from igstore.freed_memory import freed_memory_kept
 from igstore.progress import Progress
 from igstore.schema import BuildSpec, Score
 from igstore.storage import layout
@@ -116,8 +115,7 @@ def rank_store(
                 # workers may have another working folder
                 root = str(reader.root.absolute())
                 tasks = [dask.delayed(_rank_shard)(root, name, shard, score=score, block=block) for shard in shards]
-                with freed_memory_kept():
-                    _compute(tasks, client, progress.advance)
+                _compute(tasks, client, progress.advance)
                 presence.sweep()
         else:  # where nothing may be written, nothing need be
             create_ranking(reader.root, name, block=block, attributes=attributes)

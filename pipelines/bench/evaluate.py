@@ -1,6 +1,7 @@
 """All cells of an evaluation, from the store to the tables, against a bare loop of as many forward passes.
 
-The loop runs the same network on as many batches of the same size, of images that are on the device already.
+The loop runs the same network on as many batches of the same size, of images that are on the device already, and keeps
+freed memory as the evaluation does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from igstore.attribution import numerics
 from igstore.batches import MaskedBatches
 from igstore.building.devices import find_device
 from igstore.engine.acceleration import accelerate
+from igstore.freed_memory import freed_memory_kept
 from igstore.models import Classifier, load_classifier
 from igstore.schema import BUILT
 from igstore.storage.reader import StoreReader
@@ -46,7 +48,7 @@ def bare_loop(
     ]
 
     def run() -> int:
-        with numerics("float32", device), torch.inference_mode():
+        with numerics("float32", device), torch.inference_mode(), freed_memory_kept():
             for _ in range(n_passes):
                 for batch in batches:
                     network(batch)

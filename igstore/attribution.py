@@ -290,7 +290,7 @@ def _add_gradients(
         points = torch.cat([torch.addcmul(start[i, None], alpha[part], difference[i, None]) for i, part in parts])
         gradients = _gradient(network, points, targets[image[begin:end]], output, scaled) * weight[begin:end]
         # one sum an image is deterministic on every device; index_add_ on CUDA is not
-        total = torch.empty_like(gradients[0])  # in the gradients' own layout: across layouts a sum takes 20 times as long
+        total = torch.empty_like(gradients[0])  # laid out as they are: between layouts a sum takes 20 times as long
         for i, part in parts:
             sums[i] += torch.sum(gradients[part.start - begin : part.stop - begin], dim=0, out=total)
 

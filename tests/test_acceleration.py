@@ -11,7 +11,7 @@ import torchvision
 from networks import Smooth
 from torch import nn
 
-from igstore.engine.acceleration import ScaleAndShift, accelerate
+from igstore.engine.acceleration import ScaleAndShift, accelerate, fold_uneven_padding
 from igstore.engine.memory import gradient_bytes
 from igstore.errors import ModelError
 
@@ -112,6 +112,52 @@ def test_a_norm_is_folded_only_where_that_is_right(way, caplog):
     assert isinstance(fast.norm, nn.Identity) == (way == "plain")
     if way in ("read twice", "two norms"):
         assert "left unfolded" in caplog.text
+
+
+def same_convolutions(network: nn.Module) -> int:
+    return sum(isinstance(module, timm.layers.Conv2dSame) for module in network.modules())
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 22), (7, 8), (3, 3)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (4, 2), (3, 1), (2, 3), ((3, 5), (2, 1))])
+def test_uneven_padding_is_folded_exactly(size, kernel, stride):
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Sequential(timm.layers.Conv2dSame(6, 12, kernel, stride, groups=6), nn.Flatten())
+    network.requires_grad_(False)
+    x = torch.randn(4, 6, *size, generator=generator)
+    expected = output_and_gradient(network, x)
+    fold_uneven_padding(network, x[:1])
+    assert same_convolutions(network) == 0
+    for made, plain in zip(output_and_gradient(network, x), expected, strict=True):
+        # the same products, but zeros among them may change the order in which a vector unit adds them
+        torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        timm.layers.Conv2dSame(6, 6, 3, 2),  # dense: a larger kernel would cost more than it saves
+        timm.layers.Conv2dSame(6, 6, 3, 2, dilation=2, groups=6),
+    ],
+)
+def test_other_uneven_padding_is_left_alone(convolution):
+    network = nn.Sequential(convolution, nn.Flatten())
+    fold_uneven_padding(network, torch.randn(1, 6, 12, 12))
+    assert same_convolutions(network) == 1
+
+
+def test_uneven_padding_of_two_sizes_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = timm.layers.Conv2dSame(6, 6, 3, 2, groups=6)
+
+        def forward(self, x):
+            return self.convolution(self.convolution(x)).flatten(1)
+
+    network = Twice()
+    fold_uneven_padding(network, torch.randn(1, 6, 12, 12))
+    assert same_convolutions(network) == 1
 
 
 def test_a_network_for_another_size_is_refused_with_the_size():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from contextlib import ExitStack
 
 import torch
@@ -48,6 +49,7 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     fold_batch_norm(folded, image)
     if probe.device.type == "cpu":
         simplify_batch_norm(folded)
+        fold_uneven_padding(folded, image)
     difference = (_outputs(folded, image) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     if not difference <= _TOLERANCE:
         logger.warning("batch norm left unfolded: it would change the outputs by %.1e of their size", float(difference))
@@ -120,6 +122,51 @@ def simplify_batch_norm(network: nn.Module) -> None:
         shift = -norm.running_mean * scale
         shift = shift if norm.bias is None else shift + norm.bias
         _replace(network, norm, nn.Sequential(ScaleAndShift(scale, shift), _after(norm)))
+
+
+def fold_uneven_padding(network: nn.Module, image: Tensor) -> None:
+    """Fold the padding of timm's `Conv2dSame` into its kernel where it is depthwise, in place.
+
+    TensorFlow pads an even side for stride 2 by one pixel more at the end than at the start, which takes a copy of all
+    that comes in, and another one of its gradient. It is the same to pad the start as much as the end and to give the
+    kernel that many zeros at its start; a depthwise convolution waits for memory, not for multiplications.
+
+    How much is padded goes by the size of `image` (1, channel, y, x), so the network is for images of that size.
+    """
+    same = getattr(sys.modules.get("timm.layers"), "Conv2dSame", None)
+    if same is None:
+        return  # nobody has made a network of timm's
+    uneven: list[nn.Conv2d] = [module for module in network.modules() if isinstance(module, same)]
+    depthwise = [module for module in uneven if module.groups == module.in_channels]
+    seen: dict[nn.Module, set[torch.Size]] = {module: set() for module in depthwise}
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[module].add(inputs[0].shape[2:])
+
+    with ExitStack() as hooks:
+        for module in depthwise:
+            hooks.callback(module.register_forward_pre_hook(look).remove)
+        _outputs(network, image)
+    for module in depthwise:
+        if len(seen[module]) != 1 or module.dilation != (1, 1):
+            continue
+        sides = list(zip(*seen[module], module.kernel_size, module.stride, strict=True))
+        missing = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size, kernel, stride in sides]
+        uneven_y, uneven_x = (n % 2 for n in missing)  # the end's share is n // 2 + n % 2
+        kernel = nn.functional.pad(module.weight, (uneven_x, 0, uneven_y, 0))
+        padding = tuple(n // 2 + n % 2 for n in missing)
+        even = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            tuple(kernel.shape[2:]),  # type: ignore[arg-type]  # (y, x)
+            module.stride,  # type: ignore[arg-type]
+            padding,
+            groups=module.groups,
+            device="meta",  # its random weights would only be replaced
+        )
+        even.weight = nn.Parameter(kernel.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        even.bias = module.bias
+        _replace(network, module, even)
 
 
 def _norms_after_convolutions(network: nn.Module, image: Tensor) -> dict[nn.BatchNorm2d, nn.Conv2d]:

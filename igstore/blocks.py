@@ -237,10 +237,10 @@ def rank_blocks(
 
     Scores of float16 maps are multiples of 2**-24, so those of stored maps, which stay below 2, are added as integers:
     32 bits hold the sum of 63 pixels, each below 2**25. Integers of 32 bits have two 16-bit digits to sort by where
-    float64 has four. Running totals are 64-bit integers, exact in float64 too below 2**53, which 2**22 blocks cannot reach;
-    and a quotient is the same whether or not both of its terms are multiplied by 2**24. Everything else (maps of another
-    dtype, with channels or with values of 2 and more, larger blocks or images, a score that makes other fractions) goes
-    the plain way. All the maps are worked on together, in six times their memory.
+    float64 has four. Running totals are 64-bit integers, exact in float64 too below 2**53, which 2**22 blocks cannot
+    reach; and a quotient is the same whether or not both of its terms are multiplied by 2**24. Everything else (maps of
+    another dtype, with channels or with values of 2 and more, larger blocks or images, a score that makes other
+    fractions) goes the plain way. All the maps are worked on together, in six times their memory.
 
     Parameters
     ----------

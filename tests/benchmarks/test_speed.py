@@ -65,8 +65,8 @@ def test_shares_of_8_images(benchmark, maps):
     benchmark(block_shares, scores, block_ranks(scores))
 
 
-def test_ranks_and_shares_of_4_maps(benchmark, maps):
-    benchmark(rank_blocks, maps[:4])
+def test_ranks_and_shares_of_8_maps(benchmark, maps):
+    benchmark(rank_blocks, maps[:8])
 
 
 @pytest.mark.parametrize("name", ["pixels", "attribution"])

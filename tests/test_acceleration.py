@@ -138,6 +138,7 @@ def test_uneven_padding_is_folded_exactly(size, kernel, stride):
     [
         timm.layers.Conv2dSame(6, 6, 3, 2),  # dense: a larger kernel would cost more than it saves
         timm.layers.Conv2dSame(6, 6, 3, 2, dilation=2, groups=6),
+        type("Own", (timm.layers.Conv2dSame,), {})(6, 6, 3, 2, groups=6),  # a subclass may do more
     ],
 )
 def test_other_uneven_padding_is_left_alone(convolution):

@@ -110,12 +110,9 @@ class LocalFiles:
         """As `Source.problem`."""
         path = self.root / file
         try:
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(path.lstat().st_mode):
                 return "is not a regular file"
-            if status.st_size != recorded["bytes"]:
-                return _other_size(status.st_size, recorded)
-            return "" if files.crc32c(path) == recorded["crc32c"] else "has changed since it was written"
+            return _difference(path, recorded)
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
@@ -219,10 +216,7 @@ class RemoteFiles:
                 self._download(file, copy)
             except FileNotFoundError:
                 return "is missing"
-            size, crc32c = copy.stat().st_size, files.crc32c(copy)
-        if size != recorded["bytes"]:
-            return _other_size(size, recorded)
-        return "" if crc32c == recorded["crc32c"] else "has changed since it was written"
+            return _difference(copy, recorded)
 
     @cached_property
     def _own_cache(self) -> ShardCache:
@@ -367,8 +361,12 @@ def _parts_of(path: Path, parts: Sequence[Part]) -> list[bytes]:
     return contents
 
 
-def _other_size(size: int, recorded: Recorded) -> str:
-    return f"has {size} bytes, and had {recorded['bytes']} when it was written"
+def _difference(path: Path, recorded: Recorded) -> str:
+    """Why a file of this machine is not the one that was recorded; "" where it is."""
+    size = path.stat().st_size
+    if size != recorded["bytes"]:
+        return f"has {size} bytes, and had {recorded['bytes']} when it was written"
+    return "" if files.crc32c(path) == recorded["crc32c"] else "has changed since it was written"
 
 
 def _in_words(error: Exception | None) -> str:

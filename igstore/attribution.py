@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
@@ -58,11 +59,13 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     check_choice("precision", precision, Precision)
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision tf32 is a mode of CUDA devices; the device is {device}: use float32")
+    if precision == "bfloat16_backward" and device.type != "cpu":
+        raise UserError(f"precision bfloat16_backward is for CPUs; the device is {device}: use tf32")
 
 
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Fix the arithmetic of everything inside: tf32 allowed or not, float16 autocast or not, deterministic cuDNN.
+    """Fix the arithmetic of everything inside: tf32, float16 autocast, bfloat16 gradients or none, deterministic cuDNN.
 
     cuDNN uses tf32 for float32 convolutions unless told otherwise, so "float32" has to be said.
     """
@@ -77,6 +80,8 @@ def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
         stack.enter_context(cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32))
         if precision == "float16":
             stack.enter_context(torch.autocast(device.type, dtype=torch.float16))
+        if precision == "bfloat16_backward":
+            stack.enter_context(Bfloat16Backward())
         yield
 
 
@@ -113,15 +118,24 @@ def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
     return scores.gather(1, targets[:, None])[:, 0]
 
 
-def _gradient(network: nn.Module, points: Tensor, targets: Tensor, output: Output, scaled: bool) -> Tensor:
-    """d output / d points, in the points' dtype: (pair, channel, y, x)."""
+def _baseline_logits(network: nn.Module, baselines: Tensor, batch_size: int) -> Tensor:
+    """As `logits`; of baselines that are all the same, once."""
+    if bool((baselines == baselines[:1]).all()):
+        return logits(network, baselines[:1], batch_size).expand(len(baselines), -1)
+    return logits(network, baselines, batch_size)
+
+
+def _gradient(
+    network: nn.Module, points: Tensor, targets: Tensor, output: Output, scaled: bool
+) -> tuple[Tensor, Tensor]:
+    """d output / d points, in the points' dtype, (pair, channel, y, x), and the output, (pair,)."""
     for scale in _FLOAT16_SCALES if scaled else (1.0,):
         leaf = points.detach().requires_grad_()
         selected = select_output(_forward(network, leaf), targets, output)
         (gradient,) = torch.autograd.grad(selected.sum() * scale, leaf)
         if not scaled or gradient.isfinite().all():
             break
-    return gradient / scale if scaled else gradient
+    return gradient / scale if scaled else gradient, selected.detach()
 
 
 def reduce_channels(attributions: Tensor, reduce: Reduce) -> Tensor:
@@ -177,7 +191,9 @@ def integrated_gradients(
     reduce
         How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision
-        ``float32`` (tf32 off), ``tf32`` (CUDA only) or ``float16`` (autocast, scaled gradients; sums stay float32).
+        ``float32`` (tf32 off), ``tf32`` (CUDA only), ``float16`` (autocast, scaled gradients; sums stay float32), or
+        ``bfloat16_backward`` (CPU only: float32 forwards, bfloat16 backwards; faster where the processor has such
+        instructions).
     batch_size
         (image, step) pairs per gradient evaluation.
     max_error, max_steps
@@ -213,21 +229,23 @@ def integrated_gradients(
         stem, body = network.stem, network.body
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     with numerics(precision, inputs.device):
-        f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
-        f_b = select_output(logits(network, baselines, batch_size), targets, output).double()
+        f_x = torch.full(targets.shape, torch.nan, dtype=torch.float64, device=inputs.device)
+        f_b = select_output(_baseline_logits(network, baselines, batch_size), targets, output).double()
         with _full_precision(inputs.device), torch.no_grad():
             first = stem(baselines)
             difference = stem(inputs) - first  # the path, where the body sees it
         sums = torch.zeros_like(difference)  # weighted sums of gradients
 
         def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-            _add_gradients(sums, images, alphas, weights, body, first, difference, targets, output, batch_size)
+            _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
 
         def error(attributions: Tensor) -> Tensor:
             total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)
             return completeness_error(total, f_x - f_b)
 
         add(list(range(len(inputs))), alphas, weights)
+        if alphas[-1] != 1:  # the path ended before the images
+            f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
         m = n_steps
         while max_error is not None and max_steps is not None and 2 * m <= max_steps:
             # a linear stem does not change the sum of the attributions
@@ -263,6 +281,7 @@ def _transpose(stem: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
 
 def _add_gradients(
     sums: Tensor,
+    f_x: Tensor,
     images: list[int],
     alphas: NDArray[np.float64],
     weights: NDArray[np.float64],
@@ -273,7 +292,10 @@ def _add_gradients(
     output: Output,
     batch_size: int,
 ) -> None:
-    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`."""
+    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`.
+
+    Where the last alpha is 1, ``f_x[i]`` becomes the output there.
+    """
     scaled = torch.is_autocast_enabled(sums.device.type)
     m, dtype, device = len(alphas), sums.dtype, sums.device
     # (pair,), in the order of images; on the device at once, so that nothing in the loop waits for it
@@ -288,11 +310,14 @@ def _add_gradients(
             for place in range(begin // m, (end - 1) // m + 1)
         ]
         points = torch.cat([torch.addcmul(start[i, None], alpha[part], difference[i, None]) for i, part in parts])
-        gradients = _gradient(network, points, targets[image[begin:end]], output, scaled) * weight[begin:end]
+        gradients, outputs = _gradient(network, points, targets[image[begin:end]], output, scaled)
+        gradients = gradients * weight[begin:end]
         # one sum an image is deterministic on every device; index_add_ on CUDA is not
         total = torch.empty_like(gradients[0])  # laid out as they are: between layouts a sum takes 20 times as long
         for i, part in parts:
             sums[i] += torch.sum(gradients[part.start - begin : part.stop - begin], dim=0, out=total)
+            if alphas[-1] == 1 and part.stop % m == 0:
+                f_x[i] = outputs[part.stop - 1 - begin]
 
 
 def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:

@@ -239,7 +239,10 @@ def parser() -> cli.Parser:
     how.add_argument("--max-steps", type=cli.positive, metavar="M", help="but not beyond M steps")
     how.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
     how.add_argument(
-        "--precision", default="float32", choices=cli.choices_of(Precision), help="arithmetic of the gradients"
+        "--precision",
+        default="float32",
+        choices=cli.choices_of(Precision),
+        help="arithmetic of the gradients; tf32 and float16 are for GPUs, bfloat16_backward for CPUs",
     )
     how.add_argument("--seed", type=int, default=0, help="of the noise baseline")
     pictures = parser.add_argument_group("preprocessing, where it is not the one that comes with the weights")

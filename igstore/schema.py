@@ -23,7 +23,7 @@ Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
 Reduce = Literal["sum", "positive", "absolute", "none"]
-Precision = Literal["float32", "tf32", "float16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16_backward"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 Score = Literal["positive", "absolute", "signed"]
@@ -124,7 +124,7 @@ class BuildSpec:
         Both or neither: the steps of an image are doubled while its completeness error exceeds `max_error` and they
         stay within `max_steps`.
     precision
-        Arithmetic of the gradients.
+        Arithmetic of the gradients, as `igstore.attribution.integrated_gradients` has it.
     reduce
         How channels become one map.
     pixels

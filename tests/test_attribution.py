@@ -48,11 +48,16 @@ def test_equal_to_captum_in_float64(method, batch_size):
     torch.testing.assert_close(ours.completeness_error, delta.abs() / change.abs(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("baselines", ["different", "the same"])
+@pytest.mark.parametrize("method", ["riemann_right", "riemann_left", "riemann_trapezoid"])
 @pytest.mark.parametrize("output", ["logit", "probability"])
-def test_outputs_are_those_of_the_network(output):
+def test_outputs_are_those_of_the_network(output, method, baselines):
     network = frozen(Smooth())
     x, b = images()
-    ours = integrated_gradients(network, x, b, TARGETS, n_steps=2, output=output)
+    if baselines == "the same":
+        b = b[:1].repeat(3, 1, 1, 1)
+    # 3 steps of 3 images in batches of 4, so that images are cut
+    ours = integrated_gradients(network, x, b, TARGETS, method=method, n_steps=3, output=output, batch_size=4)
     with torch.no_grad():
         f_x, f_b = network(x), network(b)
     if output == "probability":

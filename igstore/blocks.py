@@ -305,11 +305,19 @@ def _fixed_point_sums(maps: NDArray[Any], block: int, score: str) -> NDArray[np.
     if n_y * n_x > 1 << 22:
         return None
     bits = maps.view(np.uint16)
-    # without the sign, the bits of 2, of all that is larger, of infinities and of NaN are 0x4000 and above
-    if (bits << 1).max() >= 0x8000:
+    # the bits of 2, of all that is larger, of infinities and of NaN: 0x4000 and above, with the sign 0xc000 and above
+    if bits.view(np.int16).max() >= 0x4000 or bits.max() >= 0xC000:
         return None
-    pixels = np.take(table, bits, mode="wrap")  # every index is in the table; this mode looks least at them
-    return _sum_runs(_sum_runs(pixels, block, axis=1), block, axis=2)
+    # one row of every block at a time, since NumPy makes 64-bit indices of what it looks up, and these fill the cache
+    sums = _look_up(table, bits[:, ::block])
+    for offset in range(1, min(block, maps.shape[1])):
+        rows = _look_up(table, bits[:, offset::block])
+        sums[:, : rows.shape[1]] += rows
+    return _sum_runs(sums, block, axis=2)
+
+
+def _look_up(table: NDArray[np.int32], bits: NDArray[np.uint16]) -> NDArray[np.int32]:
+    return np.take(table, bits, mode="wrap")  # every index is in the table; this mode looks least at them
 
 
 @cache

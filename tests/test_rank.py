@@ -363,7 +363,7 @@ def test_interrupted_before_the_metadata_was_consolidated(path, maps, monkeypatc
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs="ERROR"
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs="ERROR"
     ) as cluster:
         yield cluster
 

@@ -38,7 +38,7 @@ def cluster() -> Iterator[LocalCluster]:
         n_workers=2,
         threads_per_worker=2,
         processes=True,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         silence_logs="CRITICAL",
         resources={"GPU": 1},
         env={"IGSTORE_TEST_SLOW": "0.02"},

@@ -8,7 +8,7 @@ the integral taken by one of `igstore.quadrature`'s rules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +65,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Fix the arithmetic of everything inside: tf32, float16 autocast, bfloat16 gradients or none, deterministic cuDNN.
+    """Fix the arithmetic of everything inside: tf32 allowed or not, float16 autocast or not, deterministic cuDNN.
 
     cuDNN uses tf32 for float32 convolutions unless told otherwise, so "float32" has to be said.
     """
@@ -80,8 +80,6 @@ def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
         stack.enter_context(cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32))
         if precision == "float16":
             stack.enter_context(torch.autocast(device.type, dtype=torch.float16))
-        if precision == "bfloat16_backward":
-            stack.enter_context(Bfloat16Backward())
         yield
 
 
@@ -228,6 +226,7 @@ def integrated_gradients(
     if isinstance(network, Hoisted) and n_steps >= FEWEST_STEPS:
         stem, body = network.stem, network.body
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
+    backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
         f_x = torch.full(targets.shape, torch.nan, dtype=torch.float64, device=inputs.device)
         f_b = select_output(_baseline_logits(network, baselines, batch_size), targets, output).double()
@@ -237,7 +236,8 @@ def integrated_gradients(
         sums = torch.zeros_like(difference)  # weighted sums of gradients
 
         def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-            _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
+            with backward:
+                _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
 
         def error(attributions: Tensor) -> Tensor:
             total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)

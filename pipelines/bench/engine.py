@@ -196,7 +196,7 @@ def best_captum_batch(
         return (time.perf_counter() - started) / (n_images * n_steps)
 
     seconds_per_pair(candidates[0])  # warms up
-    return fastest_batch(candidates, seconds_per_pair, times=2 if device.type == "cpu" else 3)
+    return fastest_batch(candidates, seconds_per_pair, times=3)
 
 
 def candidate_batches(n_steps: int, n_images: int, *, largest: int) -> list[int]:

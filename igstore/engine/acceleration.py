@@ -1,4 +1,4 @@
-"""A copy of a network that gives the same outputs faster: frozen, batch norm and padding folded, channels last."""
+"""A copy of a network that gives the same outputs faster: frozen, folded, channels last, with faster convolutions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from igstore.engine.winograd import use_winograd
 from igstore.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     """A copy of `network` on the probe's device, in evaluation mode, for gradients with respect to its input.
 
     Parameters are frozen, batch norms that follow a convolution are folded into it, and convolutions run channels last.
-    On a CPU other batch norms are simplified, and uneven padding is folded into depthwise kernels.
-    A network whose folded form disagrees with it on a random image is left unfolded, with a line in the log.
+    On a CPU other batch norms are simplified, uneven padding is folded into depthwise kernels, and 3x3 convolutions go
+    by Winograd's algorithm.
+    A network whose folded form disagrees with it on a random image is left as it is, with a line in the log.
 
     Parameters
     ----------
@@ -51,10 +53,11 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     if probe.device.type == "cpu":
         simplify_batch_norm(folded)
         fold_uneven_padding(folded, image)
+        use_winograd(folded, image)
     difference = (_outputs(folded, image) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     if not difference <= _TOLERANCE:
         logger.warning(
-            "batch norm and padding left unfolded: it would change the outputs by %.1e of their size",
+            "the network is left unfolded: folding would change the outputs by %.1e of their size",
             float(difference),
         )
         return plain

@@ -16,6 +16,8 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from igstore.engine.winograd import WinogradConv2d, convolve
+
 
 class Bfloat16Backward(TorchFunctionMode):
     """Within it, backward passes of the functions that fill a network run in bfloat16; all else is as it was.
@@ -72,21 +74,21 @@ def _may_be_changed(tensor: Tensor) -> bool:
 
 class _Convolution(Function):
     @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor, rounded: Tensor, bias: Tensor | None, *shape: Any) -> Tensor:
+    def forward(context: Any, x: Tensor, function: Callable[[Tensor], Tensor], rounded: Tensor, *shape: Any) -> Tensor:
         _as_it_comes(context)
         context.rounded, context.shape, context.input_shape = rounded, shape, x.shape
-        return functional.conv2d(x, weight, bias, *shape)
+        return function(x)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.to(torch.bfloat16)
         # of the input the shape and the layout matter; its numbers are for the weight's gradient
         x = torch.empty(context.input_shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
-        stride, padding, dilation, groups = context.shape
+        stride, padding, dilation = context.shape
         at_input, _, _ = torch.ops.aten.convolution_backward(
-            gradient, x, context.rounded, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            gradient, x, context.rounded, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
         )
-        return at_input, *(None,) * 7
+        return at_input, *(None,) * 5
 
 
 def _convolution(
@@ -105,7 +107,14 @@ def _convolution(
     if not plain or not _differentiated(x) or not _constant(weight, bias):
         return NotImplemented
     shape = [[size, size] if isinstance(size, int) else list(size) for size in (stride, padding, dilation)]
-    return _Convolution.apply(x, weight, mode.rounded(weight), bias, *shape, groups)
+    return _Convolution.apply(x, lambda x: function(x, weight, bias, *shape), mode.rounded(weight), *shape)
+
+
+def _winograd(mode: Bfloat16Backward, function: Any, x: Tensor, module: WinogradConv2d) -> Any:
+    if not _differentiated(x):
+        return NotImplemented
+    padding = [module.padding, module.padding]
+    return _Convolution.apply(x, lambda x: function(x, module), mode.rounded(module.weight), [1, 1], padding, [1, 1])
 
 
 # --- ReLU
@@ -202,6 +211,7 @@ def _multiplication(mode: Bfloat16Backward, function: Any, shift: Tensor, x: Ten
 _KNOWN_BY_NAME = frozenset({"bias", "stride", "padding", "dilation", "groups", "inplace", "dim"})
 _CARRIED: dict[Any, Callable[..., Any]] = {
     functional.conv2d: _convolution,  # which is torch.conv2d
+    convolve: _winograd,
     functional.relu: _relu,
     torch.relu: _relu,
     torch.add: _sum,

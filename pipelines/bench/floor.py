@@ -17,7 +17,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from igstore.engine import winograd
+
 _aten = torch.ops.aten
+_winograd = torch.ops.igstore.winograd
 _MATRIX_OPERATIONS = (
     _aten.convolution,
     _aten.convolution_backward,
@@ -25,6 +28,7 @@ _MATRIX_OPERATIONS = (
     _aten.addmm,
     _aten.bmm,
     _aten.baddbmm,
+    _winograd,
 )
 
 
@@ -72,10 +76,16 @@ def count_work(network: nn.Module, shape: Sequence[int], *, batch_size: int, ite
     """
     shapes_only = copy.deepcopy(network).to("meta")
     image = torch.empty(1, *shape, device="meta", requires_grad=True)
+
+    def evaluate() -> None:
+        torch.autograd.grad(shapes_only(image.clone()).sum(), image)
+
+    evaluate()  # what is made once does not count
     counted = []
-    for mapping in ({}, dict.fromkeys(_MATRIX_OPERATIONS, _numbers)):
+    numbers_of = dict.fromkeys(_MATRIX_OPERATIONS, _numbers) | {_winograd: _winograd_numbers}
+    for mapping in ({_winograd: _winograd_flops}, numbers_of):
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            torch.autograd.grad(shapes_only(image.clone()).sum(), image)
+            evaluate()
         by_operation = counter.get_flop_counts()["Global"]
         counted.append(sum(by_operation.get(operation, 0) for operation in _MATRIX_OPERATIONS))
     flops, numbers = counted
@@ -93,3 +103,14 @@ def _numbers(*operands: Any, out_shape: Any, **_: Any) -> int:
     else:
         shapes = [out_shape, *(operand for operand in operands if isinstance(operand, torch.Size))]
     return sum(map(prod, shapes))
+
+
+def _winograd_flops(_x: Any, filters: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """Of the products alone: a multiplication and an addition each."""
+    count, out_channels, height, width = out_shape
+    return 2 * count * 36 * winograd.n_tiles(height, width) * filters[2] * out_channels
+
+
+def _winograd_numbers(x: torch.Size, filters: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """Transformed filters could be made of the nine numbers that they stand for."""
+    return prod(x) + prod(out_shape) + 9 * filters[2] * out_shape[1]

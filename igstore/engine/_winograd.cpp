@@ -1,0 +1,328 @@
+// 3x3 convolutions by Winograd's algorithm F(4x4, 3x3), on CPUs; igstore/engine/winograd.py says what for.
+//
+// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: a tile of 4x4 outputs is
+//     A^T [ (G g G^T) * (B^T d B) ] A
+// of its 6x6 inputs d and the 3x3 filter g, so 36 multiplications do what took 144. The products over channels are
+// matrix products, 36 of them. A thread takes a few tiles through all three stages, so that what lies between the
+// stages stays in its cache.
+//
+// Sums are taken in one order, whatever the number of threads, so results are the same bits.
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
+
+#if defined(__x86_64__)
+#define FOR_AVX512 __attribute__((target("avx512f")))
+#define FOR_AVX2 __attribute__((target("avx2,fma")))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+using Size = std::ptrdiff_t;
+
+constexpr Size FROM = 6, TO = 4;           // sides of a tile of inputs and of outputs
+constexpr Size PRODUCTS = FROM * FROM;
+constexpr Size CACHE = 1 << 20;            // bytes of a thread's own cache
+constexpr Size FEWEST_TILES = 14;          // below this, reading filters takes longer than multiplying by them
+constexpr Size FEWEST_CHANNELS = 64;       // below this, transforming inputs does
+constexpr Size APART = 16;                 // floats between planes: a power of two would have them share cache lines
+
+// All arrays are contiguous float32.
+struct Convolution {
+    const float *inputs;   // (image, y, x, channel)
+    const float *filters;  // (36, group of output channels, channel, output channel of the group)
+    const float *bias;     // (output channel), or null
+    float *outputs;        // (image, y, x, output channel)
+    Size height, width, channels, out_height, out_width, out_channels, padding;
+    Size tiles_y, tiles_x, tiles;  // tiles: of all images
+    Size per_block;                // tiles that go through the stages together
+    Size per_part;                 // output channels that do
+};
+
+template <int LANES>
+struct Vector {
+    typedef float Type __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+};
+
+// B^T d, and B^T is ((4 0 -5 0 1 0) (0 -4 -4 1 1 0) (0 4 -4 -1 1 0) (0 -2 -1 2 1 0) (0 2 -1 -2 1 0) (0 4 0 -5 0 1))
+template <typename V>
+INLINE void transform_inputs(const V *d, V *to, Size stride) {
+    const V even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+    const V even_2 = d[4] - d[2], odd_2 = 2.0f * (d[3] - d[1]);
+    to[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
+    to[stride] = even + odd;
+    to[2 * stride] = even - odd;
+    to[3 * stride] = even_2 + odd_2;
+    to[4 * stride] = even_2 - odd_2;
+    to[5 * stride] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+}
+
+// A^T m, and A^T is ((1 1 1 1 1 0) (0 1 -1 2 -2 0) (0 1 1 4 4 0) (0 1 -1 8 -8 1))
+template <typename V>
+INLINE void transform_products(const V *m, V *to, Size stride) {
+    const V sum = m[1] + m[2], difference = m[1] - m[2];
+    const V sum_2 = m[3] + m[4], difference_2 = m[3] - m[4];
+    to[0] = m[0] + sum + sum_2;
+    to[stride] = difference + 2.0f * difference_2;
+    to[2 * stride] = sum + 4.0f * sum_2;
+    to[3 * stride] = difference + 8.0f * difference_2 + m[5];
+}
+
+struct Place {
+    Size image, y, x;  // of a tile's first output
+};
+
+INLINE Place place_of(const Convolution &c, Size tile) {
+    const Size a_image = c.tiles_y * c.tiles_x;
+    return {tile / a_image, TO * (tile / c.tiles_x % c.tiles_y), TO * (tile % c.tiles_x)};
+}
+
+template <int LANES>
+INLINE void read_tile(const Convolution &c, const Place &place, const float *zeros, float *to, Size plane) {
+    using V = typename Vector<LANES>::Type;
+    const float *at[FROM][FROM];
+    for (Size i = 0; i < FROM; i++)
+        for (Size j = 0; j < FROM; j++) {
+            const Size y = place.y + i - c.padding, x = place.x + j - c.padding;
+            const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
+            at[i][j] = inside ? c.inputs + ((place.image * c.height + y) * c.width + x) * c.channels : zeros;
+        }
+    for (Size channel = 0; channel < c.channels; channel += LANES) {
+        V half[FROM][FROM], whole[FROM];
+        for (Size j = 0; j < FROM; j++) {
+            V column[FROM];
+            for (Size i = 0; i < FROM; i++) column[i] = *(const V *)(at[i][j] + channel);
+            transform_inputs(column, &half[0][j], FROM);
+        }
+        for (Size i = 0; i < FROM; i++) {
+            transform_inputs(half[i], whole, 1);
+            for (Size j = 0; j < FROM; j++) *(V *)(to + (FROM * i + j) * plane + channel) = whole[j];
+        }
+    }
+}
+
+template <int LANES>
+INLINE void write_tile(const Convolution &c, const Place &place, Size first, Size last, const float *from, Size plane) {
+    using V = typename Vector<LANES>::Type;
+    const Size rows = std::min(TO, c.out_height - place.y), columns = std::min(TO, c.out_width - place.x);
+    float *to = c.outputs + ((place.image * c.out_height + place.y) * c.out_width + place.x) * c.out_channels;
+    for (Size channel = first; channel < last; channel += LANES) {
+        V half[TO][FROM], whole[TO], bias = {};
+        if (c.bias) bias = *(const V *)(c.bias + channel);
+        for (Size j = 0; j < FROM; j++) {
+            V column[FROM];
+            for (Size i = 0; i < FROM; i++) column[i] = *(const V *)(from + (FROM * i + j) * plane + channel - first);
+            transform_products(column, &half[0][j], FROM);
+        }
+        for (Size i = 0; i < rows; i++) {
+            transform_products(half[i], whole, 1);
+            for (Size j = 0; j < columns; j++)
+                *(V *)(to + (i * c.out_width + j) * c.out_channels + channel) = whole[j] + bias;
+        }
+    }
+}
+
+// ROWS rows of a product: (row, inner) times (inner, 2 LANES). All of it but the inputs is in registers.
+template <int LANES, int ROWS>
+INLINE void multiply_rows(const float *a, const float *b, float *to, Size inner, Size to_stride) {
+    using V = typename Vector<LANES>::Type;
+    V left[ROWS], right[ROWS];
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; row++) left[row] = right[row] = V{};
+    for (Size k = 0; k < inner; k++) {
+        const V b_left = *(const V *)(b + 2 * LANES * k), b_right = *(const V *)(b + 2 * LANES * k + LANES);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; row++) {
+            left[row] += a[row * inner + k] * b_left;
+            right[row] += a[row * inner + k] * b_right;
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; row++) {
+        *(V *)(to + row * to_stride) = left[row];
+        *(V *)(to + row * to_stride + LANES) = right[row];
+    }
+}
+
+template <int LANES, int ROWS>
+INLINE void multiply_few(Size rows, const float *a, const float *b, float *to, Size inner, Size to_stride) {
+    if (rows == ROWS)
+        multiply_rows<LANES, ROWS>(a, b, to, inner, to_stride);
+    else if constexpr (ROWS > 1)
+        multiply_few<LANES, ROWS - 1>(rows, a, b, to, inner, to_stride);
+}
+
+// MOST_ROWS is what the registers hold: rows are dealt out evenly, so that no call gets one or two of them.
+template <int LANES, int MOST_ROWS>
+INLINE void multiply(Size rows, const float *a, const float *b, float *to, Size inner, Size to_stride) {
+    const Size calls = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (Size call = 0; call < calls; call++) {
+        const Size first = rows * call / calls, last = rows * (call + 1) / calls;
+        multiply_few<LANES, MOST_ROWS>(last - first, a + first * inner, b, to + first * to_stride, inner, to_stride);
+    }
+}
+
+Size round_up(Size size, Size multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// What a thread has between the stages; it is kept for the next convolution.
+class Scratch {
+  public:
+    float *of(Size floats) {
+        if (floats > size_) {
+            data_.reset();  // first, so that both are never there
+            size_ = 0;
+            data_.reset(static_cast<float *>(::operator new(sizeof(float) * floats, std::align_val_t(64))));
+            size_ = floats;
+        }
+        return data_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(float *data) const { ::operator delete(data, std::align_val_t(64)); }
+    };
+    std::unique_ptr<float, Free> data_;
+    Size size_ = 0;
+};
+
+// All stages of some tiles and some output channels.
+template <int LANES, int MOST_ROWS>
+INLINE void convolve_some(const Convolution &c, Size block, Size part, Scratch &scratch) {
+    constexpr Size GROUP = 2 * LANES;
+    const Size first_tile = block * c.per_block, n_tiles = std::min(c.per_block, c.tiles - first_tile);
+    const Size first = part * c.per_part, last = std::min(first + c.per_part, c.out_channels);
+    const Size width = round_up(last - first, GROUP);
+    const Size from_plane = c.per_block * c.channels + APART, to_plane = c.per_block * width + APART;
+    float *from = scratch.of(PRODUCTS * (from_plane + to_plane) + c.channels), *to = from + PRODUCTS * from_plane;
+    float *zeros = to + PRODUCTS * to_plane;
+    std::fill(zeros, zeros + c.channels, 0.0f);
+    for (Size tile = 0; tile < n_tiles; tile++)
+        read_tile<LANES>(c, place_of(c, first_tile + tile), zeros, from + tile * c.channels, from_plane);
+    const Size groups = round_up(c.out_channels, GROUP) / GROUP;
+    for (Size product = 0; product < PRODUCTS; product++)
+        for (Size channel = 0; channel < width; channel += GROUP) {
+            const float *filters = c.filters + (product * groups + (first + channel) / GROUP) * c.channels * GROUP;
+            float *products = to + product * to_plane + channel;
+            multiply<LANES, MOST_ROWS>(n_tiles, from + product * from_plane, filters, products, c.channels, width);
+        }
+    for (Size tile = 0; tile < n_tiles; tile++)
+        write_tile<LANES>(c, place_of(c, first_tile + tile), first, last, to + tile * width, to_plane);
+}
+
+using Worker = void (*)(const Convolution &, Size, Size, Scratch &);
+
+struct Processor {
+    Size group;  // output channels that are worked on together; 0: of no use here
+    Worker work;
+};
+
+#if defined(__x86_64__)
+FOR_AVX512 void convolve_avx512(const Convolution &c, Size block, Size part, Scratch &scratch) {
+    convolve_some<16, 14>(c, block, part, scratch);
+}
+FOR_AVX2 void convolve_avx2(const Convolution &c, Size block, Size part, Scratch &scratch) {
+    convolve_some<8, 6>(c, block, part, scratch);
+}
+Processor processor() {
+#ifndef WITHOUT_AVX512  // defined where tests want to see the other one
+    if (__builtin_cpu_supports("avx512f")) return {32, convolve_avx512};
+#endif
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {16, convolve_avx2};
+    return {0, nullptr};
+}
+#elif defined(__aarch64__)
+void convolve_neon(const Convolution &c, Size block, Size part, Scratch &scratch) {
+    convolve_some<4, 12>(c, block, part, scratch);
+}
+Processor processor() { return {8, convolve_neon}; }
+#else
+Processor processor() { return {0, nullptr}; }
+#endif
+
+// Blocks whose intermediates fit a thread's cache, as many as busy all threads: where tiles are few, threads share them
+// and divide the output channels.
+void divide(Convolution &c, Size group, Size threads) {
+    const Size bytes_a_tile = sizeof(float) * PRODUCTS * (c.channels + c.out_channels);
+    const Size fitting = std::clamp<Size>(CACHE / bytes_a_tile, 2 * FEWEST_TILES, 4 * FEWEST_TILES);
+    Size blocks = round_up((c.tiles + fitting - 1) / fitting, threads);
+    blocks = std::max<Size>(1, std::min(blocks, c.tiles / FEWEST_TILES));
+    c.per_block = (c.tiles + blocks - 1) / blocks;
+    Size parts = 1;
+    while (blocks * parts < threads && c.out_channels / (2 * parts) >= FEWEST_CHANNELS) parts *= 2;
+    c.per_part = round_up((c.out_channels + parts - 1) / parts, group);
+}
+
+const char CONVOLVE_DOC[] =
+    "convolve(inputs, filters, bias, outputs, images, height, width, channels, out_channels, padding, threads)\n\n"
+    "Addresses of the arrays (bias may be 0), then sizes. Nothing is checked.";
+
+PyObject *convolve(PyObject *, PyObject *args) {
+    unsigned long long inputs, filters, bias, outputs;
+    Py_ssize_t images, threads;
+    Convolution c{};
+    if (!PyArg_ParseTuple(args, "KKKKnnnnnnn", &inputs, &filters, &bias, &outputs, &images, &c.height, &c.width,
+                          &c.channels, &c.out_channels, &c.padding, &threads))
+        return nullptr;
+    const Processor with = processor();
+    if (!with.work) {
+        PyErr_SetString(PyExc_RuntimeError, "this processor lacks the instructions");
+        return nullptr;
+    }
+    c.inputs = reinterpret_cast<const float *>(inputs);
+    c.filters = reinterpret_cast<const float *>(filters);
+    c.bias = reinterpret_cast<const float *>(bias);
+    c.outputs = reinterpret_cast<float *>(outputs);
+    c.out_height = c.height + 2 * c.padding - 2;
+    c.out_width = c.width + 2 * c.padding - 2;
+    c.tiles_y = (c.out_height + TO - 1) / TO;
+    c.tiles_x = (c.out_width + TO - 1) / TO;
+    c.tiles = images * c.tiles_y * c.tiles_x;
+    divide(c, with.group, threads);
+    const Size blocks = (c.tiles + c.per_block - 1) / c.per_block;
+    const Size parts = (c.out_channels + c.per_part - 1) / c.per_part;
+    bool out_of_memory = false;
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads))
+    for (Size item = 0; item < blocks * parts; item++) {
+        static thread_local Scratch scratch;
+        try {
+            with.work(c, item / parts, item % parts, scratch);
+        } catch (const std::bad_alloc &) {
+#pragma omp atomic write
+            out_of_memory = true;
+        }
+    }
+    Py_END_ALLOW_THREADS
+    if (out_of_memory) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+PyMethodDef METHODS[] = {{"convolve", convolve, METH_VARARGS, CONVOLVE_DOC}, {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT,
+                      "igstore.engine._winograd",
+                      "3x3 convolutions by Winograd's algorithm; GROUP is 0 where the processor has no instructions for it.",
+                      -1,
+                      METHODS,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__winograd() {
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module && PyModule_AddIntConstant(module, "GROUP", static_cast<long>(processor().group)) < 0) {
+        Py_DECREF(module);
+        return nullptr;
+    }
+    return module;
+}

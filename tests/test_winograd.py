@@ -1,0 +1,337 @@
+"""3x3 convolutions by Winograd's algorithm, against torch's direct ones in float64."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from igstore.engine import winograd
+from igstore.engine.acceleration import accelerate
+from igstore.engine.backward import Bfloat16Backward
+from igstore.engine.winograd import WinogradConv2d, fits, use_winograd
+from igstore.errors import ModelError
+from pipelines.bench.floor import count_work
+
+SOURCE = Path(winograd.__file__).with_name("_winograd.cpp")
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+# The algorithm's transforms multiply by up to 8 and divide by up to 24, which leaves some 1e-5 of the largest output
+# where a direct convolution leaves 1e-6; a wrong tile or channel is wrong by 1.
+TOLERANCE = 1e-4
+
+needs_kernel = pytest.mark.skipif(
+    not winograd.available(), reason="the kernel is not compiled, or not for this processor"
+)
+
+
+def test_kernel_is_there_where_it_can_be():
+    """Tests of a kernel that failed to compile would all be skipped."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if COMPILER is None or " avx2 " not in flags or " fma " not in flags:
+        pytest.skip("needs a C++ compiler and a processor with AVX2")
+    assert winograd.available()
+
+
+def convolution(channels: int, out_channels: int, padding: int = 1, *, bias: bool = True, seed: int = 0) -> nn.Conv2d:
+    torch.manual_seed(seed)
+    return nn.Conv2d(channels, out_channels, 3, padding=padding, bias=bias).requires_grad_(False)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert float((found.double() - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("count", "channels", "out_channels", "height", "width", "padding"),
+    [
+        (1, 16, 16, 4, 4, 1),  # one tile
+        (2, 16, 48, 9, 14, 1),  # tiles that hang over at the bottom and at the right; a group that is not full
+        (1, 32, 16, 12, 7, 0),
+        (3, 48, 80, 11, 5, 2),
+        (1, 512, 256, 7, 7, 1),  # few tiles and many channels: divided by channels
+        (9, 64, 32, 30, 26, 1),  # more tiles than go through the stages together
+        (2, 80, 192, 13, 13, 0),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_a_direct_convolution(count, channels, out_channels, height, width, padding):
+    direct = convolution(channels, out_channels, padding)
+    x = torch.randn(count, channels, height, width, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    outputs, expected = (
+        WinogradConv2d(direct)(x),
+        nn.functional.conv2d(exact, direct.weight.double(), direct.bias.double(), padding=padding),
+    )
+    assert_close(outputs.detach(), expected.detach())
+    gradient = torch.randn(expected.shape)
+    (found,) = torch.autograd.grad(outputs, x, gradient)
+    (wanted,) = torch.autograd.grad(expected, exact, gradient.double())
+    assert_close(found, wanted)
+
+
+@needs_kernel
+def test_without_bias_and_in_any_layout():
+    direct = convolution(16, 32, bias=False)
+    module = WinogradConv2d(direct)
+    x = torch.randn(2, 16, 10, 8)
+    expected = nn.functional.conv2d(x.double(), direct.weight.double(), padding=1)
+    assert_close(module(x), expected)
+    assert torch.equal(module(x.contiguous(memory_format=torch.channels_last)), module(x))
+    assert_close(module(x[..., ::2]), nn.functional.conv2d(x[..., ::2].double(), direct.weight.double(), padding=1))
+
+
+@needs_kernel
+def test_a_filter_of_one_tap_moves_the_image():
+    direct = convolution(16, 16, bias=False)
+    direct.weight.zero_()
+    direct.weight[torch.arange(16), torch.arange(16).flip(0), 0, 2] = 1.0  # up and to the right, channels turned round
+    x = torch.randn(1, 16, 8, 8)
+    moved = torch.zeros_like(x)
+    moved[:, :, 1:, :-1] = x.flip(1)[:, :, :-1, 1:]
+    assert_close(WinogradConv2d(direct)(x), moved.double())
+
+
+@needs_kernel
+def test_same_bits_whatever_the_threads_and_the_company():
+    module = WinogradConv2d(convolution(64, 96))
+    x = torch.randn(5, 64, 17, 23)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(module(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert torch.equal(torch.cat([module(image[None]) for image in x]), found[0])
+
+
+@needs_kernel
+def test_nothing_of_it_is_left_over():
+    """A channel, image or tile that is not written would hold what was in memory before: fill it with NaN first."""
+    module = WinogradConv2d(convolution(16, 48))
+    for size in (5, 6, 7, 8):
+        x = torch.randn(3, 16, size, size)
+        for _ in range(3):
+            junk = torch.full((3, 48, size, size), torch.nan)
+            del junk
+            assert bool(module(x).isfinite().all())
+
+
+@needs_kernel
+def test_no_images_and_wrong_ones():
+    module = WinogradConv2d(convolution(16, 32))
+    assert module(torch.zeros(0, 16, 8, 8)).shape == (0, 32, 8, 8)
+    for wrong in (torch.zeros(1, 8, 8, 8), torch.zeros(16, 8, 8), torch.zeros(1, 16, 8, 8, dtype=torch.float64)):
+        with pytest.raises(ModelError, match=r"takes float32 \(image, 16, y, x\); it is given torch"):
+            module(wrong)
+
+
+@needs_kernel
+def test_shapes_alone():
+    module = WinogradConv2d(convolution(16, 48, padding=0)).to("meta")
+    x = torch.empty(2, 16, 9, 14, device="meta", requires_grad=True)
+    outputs = module(x)
+    assert (outputs.shape, outputs.device.type) == ((2, 48, 7, 12), "meta")
+    assert torch.autograd.grad(outputs.sum(), x)[0].shape == x.shape
+
+
+@needs_kernel
+def test_benchmark_counts_what_is_multiplied():
+    network = WinogradConv2d(convolution(16, 32, bias=False))
+    flops, n_bytes = count_work(network, (16, 8, 12), batch_size=1, item_bytes=4)
+    products = 36 * 2 * 3 * 16 * 32  # of 2 by 3 tiles, forwards and as many backwards
+    assert flops == 2 * 2 * products
+    assert n_bytes == 4 * 2 * (16 * 8 * 12 + 32 * 8 * 12 + 9 * 16 * 32)
+    # a direct convolution has four times as many, as the tiles are full
+    direct, _ = count_work(convolution(16, 32, bias=False), (16, 8, 12), batch_size=1, item_bytes=4)
+    assert direct == 4 * flops
+
+
+# --- Which convolutions
+
+
+def _changed(**change: object) -> nn.Conv2d:
+    settings = {"in_channels": 16, "out_channels": 32, "kernel_size": 3, "padding": 1}
+    return nn.Conv2d(**(settings | change))  # type: ignore[arg-type]
+
+
+class _Subclass(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "fit"),
+    [
+        (_changed(), (56, 56), True),
+        (_changed(bias=False), (8, 7), True),
+        (_changed(padding=0), (35, 35), True),
+        (_changed(padding=2), (16, 16), True),
+        (_changed(), (7, 7), True),
+        (_changed(), (5, 5), False),  # four tiles of 16 outputs for 25
+        (_changed(), (2, 2), False),
+        (_changed(padding=0), (4, 4), False),
+        (_changed(padding=0), (2, 2), False),  # no output at all
+        (_changed(), (0, 0), False),
+        (_changed(in_channels=3), (56, 56), False),
+        (_changed(out_channels=24), (56, 56), False),
+        (_changed(kernel_size=1, padding=0), (56, 56), False),
+        (_changed(kernel_size=(1, 3), padding=(0, 1)), (56, 56), False),
+        (_changed(stride=2), (56, 56), False),
+        (_changed(groups=16), (56, 56), False),
+        (_changed(dilation=2), (56, 56), False),
+        (_changed(padding=(0, 1)), (56, 56), False),
+        (_changed(padding="same"), (56, 56), False),
+        (_changed(padding_mode="reflect"), (56, 56), False),
+        (_changed().double(), (56, 56), False),
+        (_Subclass(16, 32, 3, padding=1), (56, 56), False),
+        (nn.Linear(16, 32), (56, 56), False),
+    ],
+)
+def test_convolutions_that_fit(module, size, fit):
+    assert fits(module, *size) is fit
+
+
+class _Network(nn.Module):
+    """One convolution twice, at two sizes, one called by name, one not at all, and one as ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often = convolution(16, 16, seed=1)
+        self.named = convolution(16, 16, seed=2)
+        self.never = convolution(16, 16, seed=3)
+        self.plain = convolution(16, 16, seed=4)
+        self.again = self.plain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.plain(x))
+        x = self.named(input=self.often(x))
+        return self.often(x[..., :5, :5]).mean((2, 3))
+
+
+@needs_kernel
+def test_only_what_gains_is_replaced():
+    network = _Network()
+    image = torch.randn(1, 16, 16, 16)
+    expected = network(image)
+    use_winograd(network, image)
+    replaced = [
+        name for name, module in network.named_modules(remove_duplicate=False) if type(module) is WinogradConv2d
+    ]
+    assert replaced == ["plain", "again"]
+    assert network.plain is network.again
+    assert_close(network(image), expected.double())
+
+
+@needs_kernel
+def test_accelerated_networks_have_it_on_cpus():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, bias=False),
+        nn.BatchNorm2d(32),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+    )
+    probe = torch.zeros(1, 3, 20, 20)
+    network(probe)
+    fast = accelerate(network, probe)
+    assert [type(module) for module in fast.children()][2] is WinogradConv2d
+    x = torch.randn(2, 3, 20, 20)
+    assert_close(fast(x), network.eval().double()(x.double()).detach())
+
+
+@needs_kernel
+def test_gradients_in_bfloat16():
+    direct = convolution(32, 64)
+    module = WinogradConv2d(direct)
+    x = torch.randn(2, 32, 12, 12, requires_grad=True)
+    with Bfloat16Backward():
+        outputs = module(x)
+    assert torch.equal(outputs, module(x))  # forwards it stays float32
+    gradient = torch.randn(outputs.shape)
+    (found,) = torch.autograd.grad(outputs, x, gradient)
+    (expected,) = torch.autograd.grad(direct(x), x, gradient)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    assert 1e-4 < difference < 2e-2  # bfloat16 has 8 bits
+
+
+# --- Where it cannot be
+
+
+def _in_another_process(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_without_the_kernel_convolutions_stay():
+    code = """
+import logging, sys
+logging.basicConfig(level=logging.INFO)
+sys.modules["igstore.engine._winograd"] = None
+import torch
+from torch import nn
+from igstore.engine.acceleration import accelerate
+from igstore.engine import winograd
+network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), torch.zeros(1, 16, 12, 12))
+print(winograd.available(), type(network[0]).__name__)
+"""
+    done = _in_another_process(code)
+    assert done.stdout == "False Conv2d\n", done.stderr
+    assert "3x3 convolutions stay torch's: the compiled kernel is missing" in done.stderr
+
+
+def test_processors_without_the_instructions(monkeypatch, caplog):
+    monkeypatch.setattr(winograd, "_GROUP", 0)
+    network = nn.Sequential(convolution(16, 16))
+    with caplog.at_level(logging.INFO):
+        use_winograd(network, torch.zeros(1, 16, 12, 12))
+    assert type(network[0]) is nn.Conv2d
+
+
+@needs_kernel
+def test_instructions_of_other_processors(tmp_path):
+    """The kernel for processors without AVX-512, where this one has it."""
+    if COMPILER is None or " avx512f " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a C++ compiler and a processor with AVX-512")
+    built = tmp_path / "_winograd.so"
+    command = [COMPILER, "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-DWITHOUT_AVX512"]
+    command += ["-I", sysconfig.get_paths()["include"], str(SOURCE), "-o", str(built)]
+    subprocess.run(command, check=True, timeout=120)
+    code = """
+import importlib.machinery, importlib.util, sys
+import torch
+from torch import nn
+loader = importlib.machinery.ExtensionFileLoader("igstore.engine._winograd", sys.argv[1])
+spec = importlib.util.spec_from_file_location("igstore.engine._winograd", sys.argv[1], loader=loader)
+module = importlib.util.module_from_spec(spec)
+loader.exec_module(module)
+import igstore.engine
+igstore.engine._winograd = sys.modules["igstore.engine._winograd"] = module
+from igstore.engine import winograd
+assert winograd._GROUP == 16, winograd._GROUP
+torch.manual_seed(0)
+for channels, out_channels, size in ((16, 48, 9), (128, 64, 28), (512, 256, 7)):
+    direct = nn.Conv2d(channels, out_channels, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, channels, size, size)
+    expected = nn.functional.conv2d(x.double(), direct.weight.double(), direct.bias.double(), padding=1)
+    print(float((winograd.WinogradConv2d(direct)(x) - expected).abs().max() / expected.abs().max()))
+"""
+    done = _in_another_process(code, built)
+    assert done.returncode == 0, done.stderr
+    differences = [float(line) for line in done.stdout.split()]
+    assert len(differences) == 3
+    assert max(differences) < TOLERANCE

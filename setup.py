@@ -2,16 +2,23 @@
 
 from setuptools import Extension, setup
 
+FLAGS = ["-std=c++17", "-O3"]
+THREADS = ["-fopenmp"]  # of the runtime that torch brings and has loaded before
+
+
+def kernel(name: str, *flags: str) -> Extension:
+    """The compiled module `name`, which any Python from 3.11 on can load; left out where there is no compiler."""
+    return Extension(
+        name,
+        [name.replace(".", "/") + ".cpp"],
+        extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=list(flags),
+        py_limited_api=True,
+        optional=True,
+    )
+
+
 setup(
-    ext_modules=[
-        Extension(
-            "igstore.engine._winograd",
-            ["igstore/engine/_winograd.cpp"],
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp"],
-            extra_link_args=["-fopenmp"],  # the runtime that torch brings, if torch was imported first
-            py_limited_api=True,
-            optional=True,  # no compiler, no kernels
-        ),
-    ],
+    ext_modules=[kernel("igstore._ranking"), kernel("igstore.engine._winograd", *THREADS)],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,8 +1,8 @@
 """What a block is: its geometry, its score, its rank among an image's blocks, and the share of the blocks before it.
 
-Pure NumPy functions over a leading image dimension. `block_sums`, `block_ranks` and `block_shares` say what is meant,
-for any maps, one image at a time, so that memory does not grow with the number of images. `rank_blocks` gives the same
-ranks and shares of a few stored maps sooner.
+Functions over a leading image dimension. `block_sums`, `block_ranks` and `block_shares` say in NumPy what is meant, for
+any maps, one image at a time, so that memory does not grow with the number of images. `rank_blocks` gives the same
+ranks and shares of stored maps sooner.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,11 +18,14 @@ from numpy.typing import ArrayLike, NDArray
 from igstore.errors import UserError
 from igstore.schema import check_choice
 
+try:
+    from igstore import _ranking
+except ImportError:  # not compiled: NumPy ranks the same, in several times the time
+    _ranking = None  # type: ignore[assignment,unused-ignore]
+
 DEFAULT_BLOCK = 3
 
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
-
-_Number = TypeVar("_Number", np.float64, np.int32)
 
 ScoreFunction = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -135,7 +138,7 @@ def _finite_scores(values: NDArray[np.float64], score: ScoreFunction) -> NDArray
     return np.where(finite, score(np.where(finite, values, 0.0)), np.nan)
 
 
-def _sum_runs(values: NDArray[_Number], length: int, axis: int) -> NDArray[_Number]:
+def _sum_runs(values: NDArray[np.float64], length: int, axis: int) -> NDArray[np.float64]:
     """Sums over runs of `length` along an axis; the last run is as long as the axis lasts."""
     rows = np.moveaxis(values, axis, 0)
     sums = np.moveaxis(rows[::length], 0, axis).copy()
@@ -236,11 +239,13 @@ def rank_blocks(
     """`block_ranks` and `block_shares` of the `block_sums` of maps: the same bits, sooner for a few stored maps.
 
     Scores of float16 maps are multiples of 2**-24, so those of stored maps, which stay below 2, are added as integers:
-    32 bits hold the sum of 63 pixels, each below 2**25. Integers of 32 bits have two 16-bit digits to sort by where
-    float64 has four. Running totals are 64-bit integers, exact in float64 too below 2**53, which 2**22 blocks cannot
-    reach; and a quotient is the same whether or not both of its terms are multiplied by 2**24. Everything else (maps of
-    another dtype, with channels or with values of 2 and more, larger blocks or images, a score that makes other
-    fractions) goes the plain way. All the maps are worked on together, in six times their memory.
+    32 bits hold the sum of 63 pixels, each below 2**25, and are sooner sorted by their digits than float64 is.
+    Running totals are 64-bit integers, exact in float64 too below 2**53, which 2**22 blocks cannot reach; and a
+    quotient is the same whether or not both of its terms are multiplied by 2**24. Everything else (maps of another
+    dtype, with channels or with values of 2 and more, larger blocks or images, a score that makes other fractions)
+    goes the plain way.
+
+    It is a compiled kernel that does so, without Python's lock; where that is missing, all goes the plain way.
 
     Parameters
     ----------
@@ -258,66 +263,23 @@ def rank_blocks(
         As `block_sums` and `block_ranks`.
     """
     maps = np.asarray(maps)
-    sums = _fixed_point_sums(maps, check_block(block), score)  # (image, block_y, block_x)
-    if sums is None:
-        plain = block_sums(maps, block, score)
-        ranks = block_ranks(plain)
-        return ranks, block_shares(plain, ranks)
-    count, n_blocks = len(sums), sums.shape[1] * sums.shape[2]
-    scores = sums.reshape(count, n_blocks)
-    order = _places_best_first(scores)
-    ranked = scores.ravel().take(order, mode="clip")
-    unscored = ranked <= 0
-    np.maximum(ranked, 0, out=ranked)
-    before = ranked.cumsum(axis=1, dtype=np.int64)  # in a fifth of the time that float64 takes
-    total = before[:, -1:].copy()
-    total[total == 0] = 1  # nothing is scored, and all shares are 1
-    before -= ranked
-    ranked_shares = (before / total).astype(np.float32)
-    np.minimum(ranked_shares, _BELOW_ONE, out=ranked_shares)
-    ranked_shares[unscored] = 1
-    ranks = np.empty(count * n_blocks, rank_dtype(n_blocks))
-    ranks[order] = np.tile(np.arange(n_blocks, dtype=ranks.dtype), (count, 1))  # broadcast, it would take twice as long
-    shares = np.empty(count * n_blocks, np.float32)
-    shares[order] = ranked_shares
-    return ranks.reshape(sums.shape), shares.reshape(sums.shape)
-
-
-def _places_best_first(scores: NDArray[np.int32]) -> NDArray[np.intp]:
-    """As `_best_first`, for each row of `scores` (image, block): places in the flat array."""
-    # ~score is -score - 1: highest first; signed integers are ordered as unsigned ones with their highest bit flipped
-    keys = ~scores.view(np.uint32) ^ np.uint32(1 << 31)
-    first = scores.shape[1] * np.arange(len(scores))[:, None]  # place of each row
-    order = np.argsort(keys.astype(np.uint16), axis=1, kind="stable") + first  # by the low digit
-    high = (keys >> 16).astype(np.uint16)
-    order_of_order = np.argsort(high.ravel().take(order, mode="clip"), axis=1, kind="stable") + first
-    places: NDArray[np.intp] = order.ravel().take(order_of_order, mode="clip")
-    return places
-
-
-def _fixed_point_sums(maps: NDArray[Any], block: int, score: str) -> NDArray[np.int32] | None:
-    """`block_sums` times 2**24, int32 (image, block_y, block_x); None where that is not exact."""
     check_choice("score", score, SCORES)
     table = _fixed_point_table(SCORES[score])
-    if maps.ndim != 3 or maps.dtype != np.float16 or maps.size == 0 or table is None or block**2 > 63:
-        return None
+    if _ranking is not None and table is not None and _fits_fixed_point(maps, check_block(block)):
+        ranked = _rank_in_fixed_point(maps, block, table)
+        if ranked is not None:
+            return ranked
+    plain = block_sums(maps, block, score)
+    ranks = block_ranks(plain)
+    return ranks, block_shares(plain, ranks)
+
+
+def _fits_fixed_point(maps: NDArray[Any], block: int) -> bool:
+    """Whether sums of such maps, as far as shapes and dtype tell, are exact in fixed point."""
+    if maps.ndim != 3 or maps.dtype != np.float16 or maps.size == 0 or block**2 > 63:
+        return False
     n_y, n_x = block_grid(maps.shape[1], maps.shape[2], block)
-    if n_y * n_x > 1 << 22:
-        return None
-    bits = maps.view(np.uint16)
-    # the bits of 2, of all that is larger, of infinities and of NaN: 0x4000 and above, with the sign 0xc000 and above
-    if bits.view(np.int16).max() >= 0x4000 or bits.max() >= 0xC000:
-        return None
-    # one row of every block at a time, since NumPy makes 64-bit indices of what it looks up, and these fill the cache
-    sums = _look_up(table, bits[:, ::block])
-    for offset in range(1, min(block, maps.shape[1])):
-        rows = _look_up(table, bits[:, offset::block])
-        sums[:, : rows.shape[1]] += rows
-    return _sum_runs(sums, block, axis=2)
-
-
-def _look_up(table: NDArray[np.int32], bits: NDArray[np.uint16]) -> NDArray[np.int32]:
-    return np.take(table, bits, mode="wrap")  # every index is in the table; this mode looks least at them
+    return n_y * n_x <= 1 << 22
 
 
 @cache
@@ -329,6 +291,18 @@ def _fixed_point_table(score: ScoreFunction) -> NDArray[np.int32] | None:
     scores = np.where(usable, score(np.where(usable, values, 0.0)), 0.0) * 2.0**_FRACTION_BITS
     exact = (scores == np.rint(scores)) & (np.abs(scores) < 2.0 ** (_FRACTION_BITS + 1))
     return scores.astype(np.int32) if exact.all() else None
+
+
+def _rank_in_fixed_point(
+    maps: NDArray[np.float16], block: int, table: NDArray[np.int32]
+) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float32]] | None:
+    """Ranks and shares, by the compiled kernel; None where a value is not below 2."""
+    count, height, width = maps.shape
+    n_y, n_x = block_grid(height, width, block)
+    ranks = np.empty((count, n_y, n_x), rank_dtype(n_y * n_x))
+    shares = np.empty(ranks.shape, np.float32)
+    bits = np.ascontiguousarray(maps, dtype=np.float16).view(np.uint16)
+    return (ranks, shares) if _ranking.rank(bits, table, ranks, shares, height, width, block) else None
 
 
 def expand(blocks: NDArray[Any], height: int, width: int, block: int = DEFAULT_BLOCK) -> NDArray[Any]:

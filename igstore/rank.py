@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import numpy as np
 from dask.callbacks import Callback
 
 from igstore import __version__, cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid, check_block, rank_blocks
+from igstore.blocks import DEFAULT_BLOCK, SCORES, check_block, rank_blocks
 from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
 from igstore.progress import Progress
@@ -27,8 +26,6 @@ from igstore.storage.reader import StoreReader
 from igstore.storage.store import create_ranking, write_rank_shard
 
 logger = logging.getLogger(__name__)
-
-_BATCH = 8  # images at a time: what is worked out of them stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -146,20 +143,13 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
     if problem:
         raise DamagedStoreError(f"{store.root / file} {problem}; run the build again, which repairs it, then rank")
     maps = store.values("attribution", shard, record)  # (image, [channel,] y, x)
-    first = record["images"][0]
-    grid = block_grid(*store.spec.preprocessing.crop, block)
-    arrays: dict[str, Any] = {
-        array: np.empty((len(maps), *grid), variable.dtype)
-        for array, variable in layout.rank_variables(grid[0] * grid[1]).items()
-    }
-    for start in range(0, len(maps), _BATCH):
-        batch = slice(start, start + _BATCH)
-        try:
-            arrays["rank"][batch], arrays["share"][batch] = rank_blocks(maps[batch], block, score)
-        except UserError as error:
-            raise DamagedStoreError(
-                f"in {root}, from image {first + start}: {error} (delete {layout.record_file(shard)} first)"
-            ) from error
+    try:
+        ranks, shares = rank_blocks(maps, block, score)
+    except UserError as error:
+        raise DamagedStoreError(
+            f"in {root}, from image {record['images'][0]}: {error} (delete {layout.record_file(shard)} first)"
+        ) from error
+    arrays = {"rank": ranks, "share": shares}
     provenance = {"attribution_sha256": store.attribution_sha256(record), "versions": {"igstore": __version__}}
     write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
     return len(maps)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from fractions import Fraction
 from typing import get_args
 
@@ -405,16 +406,29 @@ def assert_ranked_as_defined(maps: np.ndarray, block: int, score: str) -> None:
 
 
 @pytest.fixture
-def only_fixed_point(monkeypatch):
-    """The plain way is closed inside `rank_blocks`, so that agreement with it means something."""
-    taken = blocks._fixed_point_sums
+def only_the_kernel(monkeypatch):
+    """What is ranked at once is ranked by the kernel, so that agreement with the plain way means something."""
+    if blocks._ranking is None:
+        pytest.skip("the kernel is not compiled")
+    ranked_by_kernel = blocks._rank_in_fixed_point
+    calls = []
 
-    def sums(*arguments):
-        found = taken(*arguments)
+    def ranked(*arguments):
+        found = ranked_by_kernel(*arguments)
         assert found is not None
+        calls.append(arguments)
         return found
 
-    monkeypatch.setattr(blocks, "_fixed_point_sums", sums)
+    monkeypatch.setattr(blocks, "_rank_in_fixed_point", ranked)
+    yield
+    assert calls
+
+
+def test_kernel_is_there_where_it_can_be():
+    """Tests of a kernel that failed to compile would all be skipped."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    assert blocks._ranking is not None
 
 
 STORED = st.floats(width=16, min_value=np.float16(-1.999), max_value=np.float16(1.999))  # subnormal ones included
@@ -423,7 +437,7 @@ EXTREMES = st.sampled_from([0.0, -0.0, 2.0**-24, -(2.0**-24), 1.999, -1.999, 1.0
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("elements", [STORED, EXTREMES], ids=["any", "ties and extremes"])
-def test_stored_maps_are_ranked_in_fixed_point_as_defined(score, elements, only_fixed_point):
+def test_stored_maps_are_ranked_by_the_kernel_as_defined(score, elements, only_the_kernel):
     @given(
         hnp.arrays(np.float16, GRIDS.map(lambda shape: (shape[0] + 1, *shape[1:])), elements=elements),
         st.integers(1, 7),
@@ -437,8 +451,38 @@ def test_stored_maps_are_ranked_in_fixed_point_as_defined(score, elements, only_
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("side", [224, 299])
-def test_large_maps_are_ranked_in_fixed_point_as_defined(score, side, only_fixed_point):
+def test_large_maps_are_ranked_by_the_kernel_as_defined(score, side, only_the_kernel):
     assert_ranked_as_defined(random_maps(3, side, side), 3, score)
+
+
+def test_more_blocks_than_16_bits_count(only_the_kernel):
+    maps = random_maps(2, 260, 257)
+    assert_ranked_as_defined(maps, 1, "absolute")
+    assert rank_blocks(maps, 1)[0].dtype == np.uint32
+
+
+def test_without_the_kernel_ranks_are_the_same(monkeypatch):
+    monkeypatch.setattr(blocks, "_ranking", None)
+    assert_ranked_as_defined(random_maps(3, 50, 60), 3, "positive")
+
+
+@pytest.mark.skipif(blocks._ranking is None, reason="the kernel is not compiled")
+def test_kernel_refuses_arrays_that_do_not_go_together():
+    maps, table = np.zeros((2, 6, 6), np.uint16), np.zeros(1 << 16, np.int32)
+    ranks, shares = np.zeros((2, 2, 2), np.uint16), np.zeros((2, 2, 2), np.float32)
+    assert blocks._ranking.rank(maps, table, ranks, shares, 6, 6, 3)
+    for wrong in (
+        (maps[:1], table, ranks, shares, 6, 6, 3),
+        (maps, table[:-1], ranks, shares, 6, 6, 3),
+        (maps, table, ranks[:1], shares, 6, 6, 3),
+        (maps, table, ranks, shares[:1], 6, 6, 3),
+        (maps, table, ranks, shares, 6, 6, 2),
+        (maps, table, ranks, shares, 5, 6, 3),
+        (maps, table, ranks, shares, 6, 6, 0),
+        (maps, table, ranks, shares, 0, 6, 3),
+    ):
+        with pytest.raises(ValueError, match=r"sizes do not go together|at least 1"):
+            blocks._ranking.rank(*wrong)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -462,7 +506,7 @@ def test_maps_of_other_dtypes_are_ranked_as_defined(dtype):
     assert_ranked_as_defined(np.random.default_rng(0).standard_normal((2, 20, 20)).astype(dtype), 3, "positive")
 
 
-def test_views_are_ranked_as_defined(only_fixed_point):
+def test_views_are_ranked_as_defined(only_the_kernel):
     assert_ranked_as_defined(random_maps(4, 20, 30)[::2, ::-1].transpose(0, 2, 1), 3, "positive")
 
 

@@ -156,13 +156,6 @@ def test_maps_with_channels_rank_as_their_sum_over_channels(tmp_path):
     assert_ranked(tmp_path / "model.zarr", maps)
 
 
-def test_a_shard_longer_than_a_batch(tmp_path):
-    spec = replace(SPEC, shard_size=2 * rank._BATCH + 5)
-    maps = some_maps(spec, n=spec.shard_size)
-    rank_store(make(tmp_path / "model.zarr", maps, spec, shards=(0,)))
-    assert_ranked(tmp_path / "model.zarr", maps)
-
-
 def test_more_blocks_than_uint16_holds(tmp_path):
     spec = replace(SPEC, preprocessing=Preprocessing(resize=None, crop=(256, 257)))
     maps = some_maps(spec, n=6)
@@ -478,7 +471,7 @@ def test_a_map_that_is_not_finite(path, maps):
     broken = maps.copy()
     broken[12, 3, 4] = np.nan
     write_maps(path, broken, 1)
-    with pytest.raises(DamagedStoreError, match=r"from image 10: 1 of 8 maps .* position 2.*records/00001\.json"):
+    with pytest.raises(DamagedStoreError, match=r"from image 10: 1 of 10 maps .* position 2.*records/00001\.json"):
         rank_store(path)
 
 

@@ -19,6 +19,9 @@ def kernel(name: str, *flags: str) -> Extension:
 
 
 setup(
-    ext_modules=[kernel("igstore._ranking"), kernel("igstore.engine._winograd", *THREADS)],
+    ext_modules=[
+        kernel("igstore._ranking"),
+        kernel("igstore.engine._winograd", *THREADS),
+    ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -11,7 +11,8 @@ import torchvision
 from networks import Smooth
 from torch import nn
 
-from igstore.engine.acceleration import ScaleAndShift, accelerate, fold_uneven_padding
+from igstore.engine.acceleration import accelerate, fold_uneven_padding
+from igstore.engine.activations import Clamp, ScaleAndShift, keep_results
 from igstore.engine.memory import gradient_bytes
 from igstore.errors import ModelError
 
@@ -213,3 +214,48 @@ print(page_faults())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before > 10 * after
+
+
+# --- ReLU6 and hard tanh
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-0.5, 0.25, inplace=True)])
+def test_activations_that_keep_their_results_alone(activation):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 8, 3), activation, nn.Flatten())
+    x = torch.randn(2, 3, 9, 9) * 8
+    x.requires_grad_()
+    with torch.no_grad():
+        network[0].weight[0] = 0
+        network[0].bias[0] = 6.0  # at the bound, where the gradient is 0
+        network[0].bias[1] = float("inf")
+    expected = network(x)
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    keep_results(network)
+    assert [type(module) for module in network] == [nn.Conv2d, Clamp, nn.Conv2d, Clamp, nn.Flatten]
+    found = network(x)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], wanted)
+
+
+def test_activations_leave_alone_what_torch_would_not_overwrite():
+    clamp = Clamp(0.0, 6.0, inplace=True)
+    leaf = torch.randn(4, requires_grad=True)
+    before = leaf.detach().clone()
+    clamp(leaf).sum().backward()
+    assert torch.equal(leaf.detach(), before)
+    assert torch.equal(leaf.grad, ((before > 0) & (before < 6)).float())
+    whole = torch.randn(2, 4)
+    clamp(whole[0])
+    assert bool((whole < 0).any())
+    free = torch.randn(4)
+    assert clamp(free) is free  # nothing is kept twice
+
+
+def test_only_torchs_own_activations_are_replaced():
+    class Counting(nn.ReLU6):
+        pass
+
+    network = nn.Sequential(Counting(), nn.ReLU())
+    keep_results(network)
+    assert [type(module) for module in network] == [Counting, nn.ReLU]

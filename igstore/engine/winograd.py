@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch  # before the kernel, which shares its threads
@@ -21,6 +20,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from igstore.engine.modules import input_sizes, replace
 from igstore.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -200,23 +200,7 @@ def use_winograd(network: nn.Module, image: Tensor) -> None:
     """
     if not available():
         return
-    seen: dict[nn.Module, set[tuple[int, int]]] = {}
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        plain = len(inputs) == 1 and inputs[0].ndim == 4
-        seen.setdefault(module, set()).add((inputs[0].shape[2], inputs[0].shape[3]) if plain else (0, 0))
-
-    with ExitStack() as hooks, torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                hooks.callback(module.register_forward_pre_hook(look).remove)
-        network(image.clone())
-    faster = {
-        module: WinogradConv2d(module)
-        for module, sizes in seen.items()
-        if isinstance(module, nn.Conv2d) and all(fits(module, *size) for size in sizes)
-    }
-    for parent in list(network.modules()):
-        for name, child in list(parent._modules.items()):  # `named_children` names a module once
-            if child in faster:
-                setattr(parent, name, faster[child])
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    for module, sizes in input_sizes(network, image, convolutions).items():
+        if sizes and all(fits(module, *size) for size in sizes):
+            replace(network, module, WinogradConv2d(module))

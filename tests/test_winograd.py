@@ -1,4 +1,4 @@
-"""3x3 convolutions by Winograd's algorithm, against torch's direct ones in float64."""
+"""Convolutions by Winograd's algorithm, against torch's direct ones in float64."""
 
 from __future__ import annotations
 
@@ -40,9 +40,17 @@ def test_kernel_is_there_where_it_can_be():
     assert winograd.available()
 
 
-def convolution(channels: int, out_channels: int, padding: int = 1, *, bias: bool = True, seed: int = 0) -> nn.Conv2d:
+def convolution(
+    channels: int,
+    out_channels: int,
+    padding: int | tuple[int, int] = 1,
+    *,
+    taps: int | tuple[int, int] = 3,
+    bias: bool = True,
+    seed: int = 0,
+) -> nn.Conv2d:
     torch.manual_seed(seed)
-    return nn.Conv2d(channels, out_channels, 3, padding=padding, bias=bias).requires_grad_(False)
+    return nn.Conv2d(channels, out_channels, taps, padding=padding, bias=bias).requires_grad_(False)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -53,25 +61,33 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("count", "channels", "out_channels", "height", "width", "padding"),
+    ("count", "channels", "out_channels", "size", "taps", "padding"),
     [
-        (1, 16, 16, 4, 4, 1),  # one tile
-        (2, 16, 48, 9, 14, 1),  # tiles that hang over at the bottom and at the right; a group that is not full
-        (1, 32, 16, 12, 7, 0),
-        (3, 48, 80, 11, 5, 2),
-        (1, 512, 256, 7, 7, 1),  # few tiles and many channels: divided by channels
-        (9, 64, 32, 30, 26, 1),  # more tiles than go through the stages together
-        (2, 80, 192, 13, 13, 0),
+        (1, 16, 16, (4, 4), (3, 3), (1, 1)),  # one tile
+        (2, 16, 48, (9, 14), (3, 3), (1, 1)),  # tiles that hang over at the bottom and right; a group that is not full
+        (1, 32, 16, (12, 7), (3, 3), (0, 0)),
+        (3, 48, 80, (11, 5), (3, 3), (2, 2)),
+        (2, 32, 32, (10, 9), (3, 3), (0, 2)),
+        (1, 512, 256, (7, 7), (3, 3), (1, 1)),  # few tiles and many channels: divided by channels
+        (9, 64, 32, (30, 26), (3, 3), (1, 1)),  # more tiles than go through the stages together
+        (2, 640, 640, (40, 4), (3, 3), (1, 1)),  # filters beyond the shared cache
+        (2, 80, 192, (13, 13), (3, 3), (0, 0)),
+        (2, 16, 48, (5, 13), (1, 3), (0, 1)),
+        (2, 48, 16, (13, 5), (3, 1), (1, 0)),
+        (2, 16, 32, (9, 17), (1, 7), (0, 3)),
+        (2, 160, 192, (17, 17), (7, 1), (3, 0)),
+        (1, 32, 32, (20, 9), (7, 1), (0, 0)),
+        (1, 16, 16, (6, 9), (1, 7), (0, 6)),
+        (2, 48, 64, (11, 14), (5, 5), (2, 2)),
+        (1, 16, 16, (9, 9), (5, 5), (0, 4)),
     ],
 )
-def test_outputs_and_gradients_are_those_of_a_direct_convolution(count, channels, out_channels, height, width, padding):
-    direct = convolution(channels, out_channels, padding)
-    x = torch.randn(count, channels, height, width, requires_grad=True)
+def test_outputs_and_gradients_are_those_of_a_direct_convolution(count, channels, out_channels, size, taps, padding):
+    direct = convolution(channels, out_channels, padding, taps=taps)
+    x = torch.randn(count, channels, *size, requires_grad=True)
     exact = x.detach().double().requires_grad_()
-    outputs, expected = (
-        WinogradConv2d(direct)(x),
-        nn.functional.conv2d(exact, direct.weight.double(), direct.bias.double(), padding=padding),
-    )
+    outputs = WinogradConv2d(direct)(x)
+    expected = nn.functional.conv2d(exact, direct.weight.double(), direct.bias.double(), padding=padding)
     assert_close(outputs.detach(), expected.detach())
     gradient = torch.randn(expected.shape)
     (found,) = torch.autograd.grad(outputs, x, gradient)
@@ -157,6 +173,9 @@ def test_benchmark_counts_what_is_multiplied():
     # a direct convolution has four times as many, as the tiles are full
     direct, _ = count_work(convolution(16, 32, bias=False), (16, 8, 12), batch_size=1, item_bytes=4)
     assert direct == 4 * flops
+    row = WinogradConv2d(convolution(16, 32, (0, 3), taps=(1, 7)))
+    flops, _ = count_work(row, (16, 8, 12), batch_size=1, item_bytes=4)
+    assert flops == 2 * 2 * 10 * 8 * 3 * 16 * 32  # ten products of each of 8 by 3 tiles
 
 
 # --- Which convolutions
@@ -187,11 +206,19 @@ class _Subclass(nn.Conv2d):
         (_changed(in_channels=3), (56, 56), False),
         (_changed(out_channels=24), (56, 56), False),
         (_changed(kernel_size=1, padding=0), (56, 56), False),
-        (_changed(kernel_size=(1, 3), padding=(0, 1)), (56, 56), False),
+        (_changed(kernel_size=(1, 3), padding=(0, 1)), (8, 8), True),
+        (_changed(kernel_size=(3, 1), padding=(1, 0)), (8, 8), True),
+        (_changed(kernel_size=(3, 1), padding=(1, 0)), (7, 8), False),  # two tiles for seven outputs save too little
+        (_changed(kernel_size=(1, 7), padding=(0, 3)), (17, 17), True),
+        (_changed(kernel_size=(7, 1), padding=(3, 0)), (17, 17), True),
+        (_changed(kernel_size=5, padding=2), (35, 35), True),
+        (_changed(kernel_size=7, padding=3), (56, 56), False),
+        (_changed(kernel_size=(1, 5), padding=(0, 2)), (56, 56), False),
         (_changed(stride=2), (56, 56), False),
         (_changed(groups=16), (56, 56), False),
         (_changed(dilation=2), (56, 56), False),
-        (_changed(padding=(0, 1)), (56, 56), False),
+        (_changed(padding=(0, 1)), (56, 56), True),
+        (_changed(padding=3), (56, 56), False),  # backwards it would have to cut
         (_changed(padding="same"), (56, 56), False),
         (_changed(padding_mode="reflect"), (56, 56), False),
         (_changed().double(), (56, 56), False),
@@ -291,7 +318,7 @@ print(winograd.available(), type(network[0]).__name__)
 """
     done = _in_another_process(code)
     assert done.stdout == "False Conv2d\n", done.stderr
-    assert "3x3 convolutions stay torch's: the compiled kernel is missing" in done.stderr
+    assert "convolutions stay torch's: the compiled kernel is missing" in done.stderr
 
 
 def test_processors_without_the_instructions(monkeypatch, caplog):
@@ -324,14 +351,15 @@ igstore.engine._winograd = sys.modules["igstore.engine._winograd"] = module
 from igstore.engine import winograd
 assert winograd._GROUP == 16, winograd._GROUP
 torch.manual_seed(0)
-for channels, out_channels, size in ((16, 48, 9), (128, 64, 28), (512, 256, 7)):
-    direct = nn.Conv2d(channels, out_channels, 3, padding=1).requires_grad_(False)
+cases = ((16, 48, 9, 3, 1), (128, 64, 28, 3, 1), (512, 256, 7, 3, 1), (32, 16, 17, (1, 7), (0, 3)), (16, 32, 12, 5, 2))
+for channels, out_channels, size, taps, padding in cases:
+    direct = nn.Conv2d(channels, out_channels, taps, padding=padding).requires_grad_(False)
     x = torch.randn(2, channels, size, size)
-    expected = nn.functional.conv2d(x.double(), direct.weight.double(), direct.bias.double(), padding=1)
+    expected = nn.functional.conv2d(x.double(), direct.weight.double(), direct.bias.double(), padding=padding)
     print(float((winograd.WinogradConv2d(direct)(x) - expected).abs().max() / expected.abs().max()))
 """
     done = _in_another_process(code, built)
     assert done.returncode == 0, done.stderr
     differences = [float(line) for line in done.stdout.split()]
-    assert len(differences) == 3
+    assert len(differences) == 5
     assert max(differences) < TOLERANCE

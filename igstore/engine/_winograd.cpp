@@ -1,4 +1,4 @@
-// 3x3 convolutions by Winograd's algorithm F(4x4, 3x3), on CPUs; igstore/engine/winograd.py says what for.
+// Convolutions by Winograd's algorithm, F(4x4, 3x3) and its like, on CPUs; igstore/engine/winograd.py says what for.
 //
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: a tile of 4x4 outputs is
 //     A^T [ (G g G^T) * (B^T d B) ] A
@@ -21,27 +21,30 @@
 #define FOR_AVX512 __attribute__((target("avx512f")))
 #define FOR_AVX2 __attribute__((target("avx2,fma")))
 #endif
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline))  // into functions for the processor's instructions
 
 namespace {
 
 using Size = std::ptrdiff_t;
 
-constexpr Size FROM = 6, TO = 4;           // sides of a tile of inputs and of outputs
-constexpr Size PRODUCTS = FROM * FROM;
-constexpr Size CACHE = 1 << 20;            // bytes of a thread's own cache
+constexpr Size TILE = 4;                   // outputs of a tile along an axis that filters have taps along
+constexpr Size SHARED_CACHE = 16 << 20;    // bytes of filters that stay in the cache that threads share
 constexpr Size FEWEST_TILES = 14;          // below this, reading filters takes longer than multiplying by them
+constexpr Size MOST_TILES = 256;           // for filters that are read from memory for each block of tiles
 constexpr Size FEWEST_CHANNELS = 64;       // below this, transforming inputs does
 constexpr Size APART = 16;                 // floats between planes: a power of two would have them share cache lines
 
 // All arrays are contiguous float32.
 struct Convolution {
     const float *inputs;   // (image, y, x, channel)
-    const float *filters;  // (36, group of output channels, channel, output channel of the group)
+    const float *filters;  // (product, group of output channels, channel, output channel of the group)
     const float *bias;     // (output channel), or null
     float *outputs;        // (image, y, x, output channel)
-    Size height, width, channels, out_height, out_width, out_channels, padding;
+    Size height, width, channels, out_height, out_width, out_channels;
+    Size taps_y, taps_x, padding_y, padding_x;
+    Size tile_y, tile_x;           // outputs of a tile
     Size tiles_y, tiles_x, tiles;  // tiles: of all images
+    Size products;                 // matrix products
     Size per_block;                // tiles that go through the stages together
     Size per_part;                 // output channels that do
 };
@@ -51,29 +54,89 @@ struct Vector {
     typedef float Type __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 };
 
-// B^T d, and B^T is ((4 0 -5 0 1 0) (0 -4 -4 1 1 0) (0 4 -4 -1 1 0) (0 -2 -1 2 1 0) (0 2 -1 -2 1 0) (0 4 0 -5 0 1))
-template <typename V>
-INLINE void transform_inputs(const V *d, V *to, Size stride) {
-    const V even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-    const V even_2 = d[4] - d[2], odd_2 = 2.0f * (d[3] - d[1]);
-    to[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-    to[stride] = even + odd;
-    to[2 * stride] = even - odd;
-    to[3 * stride] = even_2 + odd_2;
-    to[4 * stride] = even_2 - odd_2;
-    to[5 * stride] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
+// Transforms along one axis, by interpolation at 0, at PAIRS points and their negatives, and at infinity, for filters of
+// 2 PAIRS - 1 taps (Toom and Cook's way to them, of which Lavin and Gray's is PAIRS = 2). The points are those of least
+// rounding. With PAIRS = 0 there is but one tap, and nothing to transform.
+constexpr float POINTS[] = {1.0f, 2.0f, 0.5f, 1.25f};
 
-// A^T m, and A^T is ((1 1 1 1 1 0) (0 1 -1 2 -2 0) (0 1 1 4 4 0) (0 1 -1 8 -8 1))
-template <typename V>
-INLINE void transform_products(const V *m, V *to, Size stride) {
-    const V sum = m[1] + m[2], difference = m[1] - m[2];
-    const V sum_2 = m[3] + m[4], difference_2 = m[3] - m[4];
-    to[0] = m[0] + sum + sum_2;
-    to[stride] = difference + 2.0f * difference_2;
-    to[2 * stride] = sum + 4.0f * sum_2;
-    to[3 * stride] = difference + 8.0f * difference_2 + m[5];
-}
+template <int PAIRS>
+struct Axis {
+    static constexpr int FROM = 2 * PAIRS + 2, TO = TILE;  // inputs and outputs of a tile
+
+    // Coefficients of the product of (z - point^2) over all points but one, from the constant on.
+    struct Polynomial {
+        float at[PAIRS + 1];
+    };
+    static constexpr Polynomial without(int left_out) {
+        Polynomial product{};
+        product.at[0] = 1.0f;
+        int degree = 0;
+        for (int i = 0; i < PAIRS; i++) {
+            if (i == left_out) continue;
+            degree++;
+            for (int k = degree; k >= 0; k--)
+                product.at[k] = (k > 0 ? product.at[k - 1] : 0.0f) - POINTS[i] * POINTS[i] * product.at[k];
+        }
+        return product;
+    }
+
+    // B^T d. Its rows are the polynomials that are 0 at all points but one.
+    template <typename V>
+    INLINE void inputs(const V *d, V *to, Size stride) {
+        constexpr Polynomial all = without(-1);
+        V first = all.at[0] * d[0], last = all.at[0] * d[1];
+#pragma GCC unroll 8
+        for (int k = 1; k <= PAIRS; k++) {
+            first += all.at[k] * d[2 * k];
+            last += all.at[k] * d[2 * k + 1];
+        }
+        to[0] = first;
+        to[(FROM - 1) * stride] = last;
+#pragma GCC unroll 8
+        for (int i = 0; i < PAIRS; i++) {
+            const Polynomial others = without(i);
+            V even = others.at[0] * d[2], odd = others.at[0] * d[1];
+#pragma GCC unroll 8
+            for (int k = 1; k < PAIRS; k++) {
+                even += others.at[k] * d[2 * k + 2];
+                odd += others.at[k] * d[2 * k + 1];
+            }
+            to[(2 * i + 1) * stride] = even + POINTS[i] * odd;
+            to[(2 * i + 2) * stride] = even - POINTS[i] * odd;
+        }
+    }
+
+    // A^T m. Its columns are the powers of the points, from 0 to 3.
+    template <typename V>
+    INLINE void products(const V *m, V *to, Size stride) {
+        V sums[TO] = {m[0], V{}, V{}, m[FROM - 1]};
+#pragma GCC unroll 8
+        for (int i = 0; i < PAIRS; i++) {
+            const float point = POINTS[i];
+            const V sum = m[2 * i + 1] + m[2 * i + 2], difference = m[2 * i + 1] - m[2 * i + 2];
+            sums[0] += sum;
+            sums[1] += point * difference;
+            sums[2] += point * point * sum;
+            sums[3] += point * point * point * difference;
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < TO; k++) to[k * stride] = sums[k];
+    }
+};
+
+template <>
+struct Axis<0> {
+    static constexpr int FROM = 1, TO = 1;
+
+    template <typename V>
+    INLINE void inputs(const V *d, V *to, Size) {
+        to[0] = d[0];
+    }
+    template <typename V>
+    INLINE void products(const V *m, V *to, Size) {
+        to[0] = m[0];
+    }
+};
 
 struct Place {
     Size image, y, x;  // of a tile's first output
@@ -81,48 +144,49 @@ struct Place {
 
 INLINE Place place_of(const Convolution &c, Size tile) {
     const Size a_image = c.tiles_y * c.tiles_x;
-    return {tile / a_image, TO * (tile / c.tiles_x % c.tiles_y), TO * (tile % c.tiles_x)};
+    return {tile / a_image, c.tile_y * (tile / c.tiles_x % c.tiles_y), c.tile_x * (tile % c.tiles_x)};
 }
 
-template <int LANES>
+template <int LANES, typename Y, typename X>
 INLINE void read_tile(const Convolution &c, const Place &place, const float *zeros, float *to, Size plane) {
     using V = typename Vector<LANES>::Type;
-    const float *at[FROM][FROM];
-    for (Size i = 0; i < FROM; i++)
-        for (Size j = 0; j < FROM; j++) {
-            const Size y = place.y + i - c.padding, x = place.x + j - c.padding;
+    const float *at[Y::FROM][X::FROM];
+    for (int i = 0; i < Y::FROM; i++)
+        for (int j = 0; j < X::FROM; j++) {
+            const Size y = place.y + i - c.padding_y, x = place.x + j - c.padding_x;
             const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
             at[i][j] = inside ? c.inputs + ((place.image * c.height + y) * c.width + x) * c.channels : zeros;
         }
     for (Size channel = 0; channel < c.channels; channel += LANES) {
-        V half[FROM][FROM], whole[FROM];
-        for (Size j = 0; j < FROM; j++) {
-            V column[FROM];
-            for (Size i = 0; i < FROM; i++) column[i] = *(const V *)(at[i][j] + channel);
-            transform_inputs(column, &half[0][j], FROM);
+        V half[Y::FROM][X::FROM], whole[X::FROM];
+        for (int j = 0; j < X::FROM; j++) {
+            V column[Y::FROM];
+            for (int i = 0; i < Y::FROM; i++) column[i] = *(const V *)(at[i][j] + channel);
+            Y::inputs(column, &half[0][j], X::FROM);
         }
-        for (Size i = 0; i < FROM; i++) {
-            transform_inputs(half[i], whole, 1);
-            for (Size j = 0; j < FROM; j++) *(V *)(to + (FROM * i + j) * plane + channel) = whole[j];
+        for (int i = 0; i < Y::FROM; i++) {
+            X::inputs(half[i], whole, 1);
+            for (int j = 0; j < X::FROM; j++) *(V *)(to + (X::FROM * i + j) * plane + channel) = whole[j];
         }
     }
 }
 
-template <int LANES>
+template <int LANES, typename Y, typename X>
 INLINE void write_tile(const Convolution &c, const Place &place, Size first, Size last, const float *from, Size plane) {
     using V = typename Vector<LANES>::Type;
-    const Size rows = std::min(TO, c.out_height - place.y), columns = std::min(TO, c.out_width - place.x);
+    const Size rows = std::min<Size>(Y::TO, c.out_height - place.y);
+    const Size columns = std::min<Size>(X::TO, c.out_width - place.x);
     float *to = c.outputs + ((place.image * c.out_height + place.y) * c.out_width + place.x) * c.out_channels;
     for (Size channel = first; channel < last; channel += LANES) {
-        V half[TO][FROM], whole[TO], bias = {};
+        V half[Y::TO][X::FROM], whole[X::TO], bias = {};
         if (c.bias) bias = *(const V *)(c.bias + channel);
-        for (Size j = 0; j < FROM; j++) {
-            V column[FROM];
-            for (Size i = 0; i < FROM; i++) column[i] = *(const V *)(from + (FROM * i + j) * plane + channel - first);
-            transform_products(column, &half[0][j], FROM);
+        for (int j = 0; j < X::FROM; j++) {
+            V column[Y::FROM];
+            for (int i = 0; i < Y::FROM; i++) column[i] = *(const V *)(from + (X::FROM * i + j) * plane + channel - first);
+            Y::products(column, &half[0][j], X::FROM);
         }
         for (Size i = 0; i < rows; i++) {
-            transform_products(half[i], whole, 1);
+            X::products(half[i], whole, 1);
             for (Size j = 0; j < columns; j++)
                 *(V *)(to + (i * c.out_width + j) * c.out_channels + channel) = whole[j] + bias;
         }
@@ -193,9 +257,9 @@ class Scratch {
 };
 
 // All stages of some tiles and some output channels.
-template <int LANES, int MOST_ROWS>
-INLINE void convolve_some(const Convolution &c, Size block, Size part, Scratch &scratch) {
-    constexpr Size GROUP = 2 * LANES;
+template <int LANES, int MOST_ROWS, typename Y, typename X>
+INLINE void convolve_by(const Convolution &c, Size block, Size part, Scratch &scratch) {
+    constexpr Size GROUP = 2 * LANES, PRODUCTS = Y::FROM * X::FROM;
     const Size first_tile = block * c.per_block, n_tiles = std::min(c.per_block, c.tiles - first_tile);
     const Size first = part * c.per_part, last = std::min(first + c.per_part, c.out_channels);
     const Size width = round_up(last - first, GROUP);
@@ -204,7 +268,7 @@ INLINE void convolve_some(const Convolution &c, Size block, Size part, Scratch &
     float *zeros = to + PRODUCTS * to_plane;
     std::fill(zeros, zeros + c.channels, 0.0f);
     for (Size tile = 0; tile < n_tiles; tile++)
-        read_tile<LANES>(c, place_of(c, first_tile + tile), zeros, from + tile * c.channels, from_plane);
+        read_tile<LANES, Y, X>(c, place_of(c, first_tile + tile), zeros, from + tile * c.channels, from_plane);
     const Size groups = round_up(c.out_channels, GROUP) / GROUP;
     for (Size product = 0; product < PRODUCTS; product++)
         for (Size channel = 0; channel < width; channel += GROUP) {
@@ -213,7 +277,25 @@ INLINE void convolve_some(const Convolution &c, Size block, Size part, Scratch &
             multiply<LANES, MOST_ROWS>(n_tiles, from + product * from_plane, filters, products, c.channels, width);
         }
     for (Size tile = 0; tile < n_tiles; tile++)
-        write_tile<LANES>(c, place_of(c, first_tile + tile), first, last, to + tile * width, to_plane);
+        write_tile<LANES, Y, X>(c, place_of(c, first_tile + tile), first, last, to + tile * width, to_plane);
+}
+
+// By the taps of the filters; others there are none.
+template <int LANES, int MOST_ROWS>
+INLINE void convolve_some(const Convolution &c, Size block, Size part, Scratch &scratch) {
+    switch (10 * c.taps_y + c.taps_x) {
+        case 33: return convolve_by<LANES, MOST_ROWS, Axis<2>, Axis<2>>(c, block, part, scratch);
+        case 13: return convolve_by<LANES, MOST_ROWS, Axis<0>, Axis<2>>(c, block, part, scratch);
+        case 31: return convolve_by<LANES, MOST_ROWS, Axis<2>, Axis<0>>(c, block, part, scratch);
+        case 55: return convolve_by<LANES, MOST_ROWS, Axis<3>, Axis<3>>(c, block, part, scratch);
+        case 17: return convolve_by<LANES, MOST_ROWS, Axis<0>, Axis<4>>(c, block, part, scratch);
+        case 71: return convolve_by<LANES, MOST_ROWS, Axis<4>, Axis<0>>(c, block, part, scratch);
+    }
+}
+
+bool has_taps(Size y, Size x) {
+    const Size both = 10 * y + x;
+    return both == 33 || both == 13 || both == 31 || both == 55 || both == 17 || both == 71;
 }
 
 using Worker = void (*)(const Convolution &, Size, Size, Scratch &);
@@ -246,11 +328,11 @@ Processor processor() { return {8, convolve_neon}; }
 Processor processor() { return {0, nullptr}; }
 #endif
 
-// Blocks whose intermediates fit a thread's cache, as many as busy all threads: where tiles are few, threads share them
-// and divide the output channels.
+// Blocks are small, so that what lies between the stages fits a thread's own cache, but where filters come from memory;
+// and as many as busy all threads: where tiles are few, threads share them and divide the output channels.
 void divide(Convolution &c, Size group, Size threads) {
-    const Size bytes_a_tile = sizeof(float) * PRODUCTS * (c.channels + c.out_channels);
-    const Size fitting = std::clamp<Size>(CACHE / bytes_a_tile, 2 * FEWEST_TILES, 4 * FEWEST_TILES);
+    const Size bytes = sizeof(float) * c.products * c.channels * c.out_channels;
+    const Size fitting = bytes <= SHARED_CACHE ? FEWEST_TILES : MOST_TILES;
     Size blocks = round_up((c.tiles + fitting - 1) / fitting, threads);
     blocks = std::max<Size>(1, std::min(blocks, c.tiles / FEWEST_TILES));
     c.per_block = (c.tiles + blocks - 1) / blocks;
@@ -260,16 +342,21 @@ void divide(Convolution &c, Size group, Size threads) {
 }
 
 const char CONVOLVE_DOC[] =
-    "convolve(inputs, filters, bias, outputs, images, height, width, channels, out_channels, padding, threads)\n\n"
+    "convolve(inputs, filters, bias, outputs, images, height, width, channels, out_channels, taps_y, taps_x,\n"
+    "         padding_y, padding_x, threads)\n\n"
     "Addresses of the arrays (bias may be 0), then sizes. Nothing is checked.";
 
 PyObject *convolve(PyObject *, PyObject *args) {
     unsigned long long inputs, filters, bias, outputs;
     Py_ssize_t images, threads;
     Convolution c{};
-    if (!PyArg_ParseTuple(args, "KKKKnnnnnnn", &inputs, &filters, &bias, &outputs, &images, &c.height, &c.width,
-                          &c.channels, &c.out_channels, &c.padding, &threads))
+    if (!PyArg_ParseTuple(args, "KKKKnnnnnnnnnn", &inputs, &filters, &bias, &outputs, &images, &c.height, &c.width,
+                          &c.channels, &c.out_channels, &c.taps_y, &c.taps_x, &c.padding_y, &c.padding_x, &threads))
         return nullptr;
+    if (!has_taps(c.taps_y, c.taps_x)) {
+        PyErr_SetString(PyExc_ValueError, "filters have 3x3, 1x3, 3x1, 5x5, 1x7 or 7x1 taps");
+        return nullptr;
+    }
     const Processor with = processor();
     if (!with.work) {
         PyErr_SetString(PyExc_RuntimeError, "this processor lacks the instructions");
@@ -279,10 +366,13 @@ PyObject *convolve(PyObject *, PyObject *args) {
     c.filters = reinterpret_cast<const float *>(filters);
     c.bias = reinterpret_cast<const float *>(bias);
     c.outputs = reinterpret_cast<float *>(outputs);
-    c.out_height = c.height + 2 * c.padding - 2;
-    c.out_width = c.width + 2 * c.padding - 2;
-    c.tiles_y = (c.out_height + TO - 1) / TO;
-    c.tiles_x = (c.out_width + TO - 1) / TO;
+    c.out_height = c.height + 2 * c.padding_y - c.taps_y + 1;
+    c.out_width = c.width + 2 * c.padding_x - c.taps_x + 1;
+    c.tile_y = c.taps_y > 1 ? TILE : 1;
+    c.tile_x = c.taps_x > 1 ? TILE : 1;
+    c.tiles_y = (c.out_height + c.tile_y - 1) / c.tile_y;
+    c.tiles_x = (c.out_width + c.tile_x - 1) / c.tile_x;
+    c.products = (c.tile_y + c.taps_y - 1) * (c.tile_x + c.taps_x - 1);
     c.tiles = images * c.tiles_y * c.tiles_x;
     divide(c, with.group, threads);
     const Size blocks = (c.tiles + c.per_block - 1) / c.per_block;
@@ -308,7 +398,7 @@ PyMethodDef METHODS[] = {{"convolve", convolve, METH_VARARGS, CONVOLVE_DOC}, {nu
 
 PyModuleDef MODULE = {PyModuleDef_HEAD_INIT,
                       "igstore.engine._winograd",
-                      "3x3 convolutions by Winograd's algorithm; GROUP is 0 where the processor has no instructions for it.",
+                      "Convolutions by Winograd's algorithm; GROUP is 0 where the processor has no instructions for it.",
                       -1,
                       METHODS,
                       nullptr,

@@ -10,7 +10,10 @@ def convolve(
     width: int,
     channels: int,
     out_channels: int,
-    padding: int,
+    taps_y: int,
+    taps_x: int,
+    padding_y: int,
+    padding_x: int,
     threads: int,
     /,
 ) -> None: ...

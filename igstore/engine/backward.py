@@ -113,8 +113,8 @@ def _convolution(
 def _winograd(mode: Bfloat16Backward, function: Any, x: Tensor, module: WinogradConv2d) -> Any:
     if not _differentiated(x):
         return NotImplemented
-    padding = [module.padding, module.padding]
-    return _Convolution.apply(x, lambda x: function(x, module), mode.rounded(module.weight), [1, 1], padding, [1, 1])
+    shape = ([1, 1], module.padding, [1, 1])
+    return _Convolution.apply(x, lambda x: function(x, module), mode.rounded(module.weight), *shape)
 
 
 # --- ReLU

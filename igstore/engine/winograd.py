@@ -1,8 +1,8 @@
-"""3x3 convolutions on CPUs in a quarter of the multiplications, forwards and backwards.
+"""Convolutions on CPUs in a fraction of the multiplications, forwards and backwards.
 
-Winograd's algorithm F(4x4, 3x3), as Lavin and Gray describe it ("Fast Algorithms for Convolutional Neural Networks",
-2015). oneDNN, which torch computes convolutions with on CPUs, does not have it for float32; cuDNN does. Results differ
-from a direct convolution's by float32 rounding, some 1e-5 of the largest.
+Winograd's algorithm, F(4x4, 3x3) and its like for other filters, as Lavin and Gray describe it ("Fast Algorithms for
+Convolutional Neural Networks", 2015). oneDNN, which torch computes convolutions with on CPUs, does not have it for
+float32; cuDNN does. Results differ from a direct convolution's by float32 rounding, some 1e-5 of the largest.
 
 The kernel is compiled when igstore is installed. Without a compiler, or on a processor that lacks the instructions
 (AVX2 with FMA on x86, NEON on ARM), convolutions stay torch's.
@@ -11,7 +11,8 @@ The kernel is compiled when igstore is installed. Without a compiler, or on a pr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch  # before the kernel, which shares its threads
@@ -28,28 +29,37 @@ logger = logging.getLogger(__name__)
 try:
     from igstore.engine import _winograd
 except ImportError as error:
-    logger.info("3x3 convolutions stay torch's: the compiled kernel is missing (%s)", error)
+    logger.info("convolutions stay torch's: the compiled kernel is missing (%s)", error)
     _GROUP = 0
 else:
     _GROUP = _winograd.GROUP  # output channels that the kernel works on together
 
-_TILE = 4  # side of a tile of outputs; its inputs have 6
+# Taps of filters (y, x) that the kernel has. Along an axis of one tap there is nothing to save.
+_TAPS = {(3, 3), (1, 3), (3, 1), (5, 5), (1, 7), (7, 1)}
+# By taps along an axis, the points of interpolation beside 0 and infinity, each with its negative. A tile has as many
+# products as there are points, and 4 outputs.
+_POINTS: dict[int, tuple[float, ...]] = {3: (1, 2), 5: (1, 2, 0.5), 7: (1, 2, 0.5, 1.25)}
 _CHANNELS = 16  # the kernel wants channels in multiples of these
 # Multiplications saved, below which transforms cost more: tiles at the edge may be mostly empty.
 _LEAST_SAVING = 2.0
 
-# G of F(4x4, 3x3), for interpolation at 0, 1, -1, 2, -2 and infinity.
-_FILTER_TRANSFORM = torch.tensor(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
+
+def tile(taps: int) -> tuple[int, int]:
+    """Outputs and products of a tile along an axis on which filters have so many taps."""
+    return (1, 1) if taps == 1 else (4, taps + 3)
+
+
+def _filter_transform(taps: int) -> Tensor:
+    """G of the algorithm, float64 (product, tap): filters as polynomials, at the points of interpolation."""
+    if taps == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    points = [0.0, *(sign * point for point in _POINTS[taps] for sign in (1, -1))]
+    rows = [
+        [point**tap / math.prod(point - other for other in points if other != point) for tap in range(taps)]
+        for point in points
+    ]
+    at_infinity = [float(tap == taps - 1) for tap in range(taps)]
+    return torch.tensor([*rows, at_infinity], dtype=torch.float64)
 
 
 def available() -> bool:
@@ -58,12 +68,12 @@ def available() -> bool:
 
 
 class WinogradConv2d(nn.Module):
-    """What a 3x3 `torch.nn.Conv2d` of stride 1 computes, for float32 on a CPU, with gradients to its input alone.
+    """What a `torch.nn.Conv2d` of stride 1 computes, for float32 on a CPU, with gradients to its input alone.
 
     Parameters
     ----------
     convolution
-        One that `fits`; its weights must not change afterwards. Transformed, they take four times their memory,
+        One that `fits`; its weights must not change afterwards. Transformed, they take up to four times their memory,
         once for the forward and once for the backward pass.
     """
 
@@ -71,7 +81,8 @@ class WinogradConv2d(nn.Module):
         super().__init__()
         self.weight = convolution.weight
         self.bias = convolution.bias
-        self.padding = int(convolution.padding[0])
+        self.taps = list(convolution.kernel_size)
+        self.padding = [int(n) for n in convolution.padding]
         self._filters: Tensor | None = None
         self._backward_filters: Tensor | None = None
 
@@ -103,38 +114,46 @@ class _Convolution(Function):
     @staticmethod
     def forward(context: Any, x: Tensor, module: WinogradConv2d) -> Tensor:
         context.module = module
-        return _operation(x, module.filters(), module.bias, len(module.weight), module.padding)
+        return _operation(x, module.filters(), module.bias, len(module.weight), module.taps, module.padding)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         module: WinogradConv2d = context.module
         channels = module.weight.shape[1]
-        return _operation(gradient, module.backward_filters(), None, channels, 2 - module.padding), None
+        padding = [taps - 1 - n for taps, n in zip(module.taps, module.padding, strict=True)]
+        return _operation(gradient, module.backward_filters(), None, channels, module.taps, padding), None
 
 
 # An operation of torch's, so that what torch does with tensors that hold no numbers works here too.
 _NAME = "igstore::winograd"
-torch.library.define(_NAME, "(Tensor x, Tensor filters, Tensor? bias, int out_channels, int padding) -> Tensor")
+_SIGNATURE = "(Tensor x, Tensor filters, Tensor? bias, int out_channels, int[] taps, int[] padding) -> Tensor"
+torch.library.define(_NAME, _SIGNATURE)
 _operation: Callable[..., Tensor] = torch.ops.igstore.winograd.default
 
 
-def _outputs(x: Tensor, filters: Tensor, bias: Tensor | None, out_channels: int, padding: int) -> Tensor:
-    count, _, height, width = x.shape
-    shape = (count, out_channels, height + 2 * padding - 2, width + 2 * padding - 2)
+def _outputs(
+    x: Tensor, filters: Tensor, bias: Tensor | None, out_channels: int, taps: list[int], padding: list[int]
+) -> Tensor:
+    sides = [size + 2 * n - k + 1 for size, n, k in zip(x.shape[2:], padding, taps, strict=True)]
+    shape = (len(x), out_channels, *sides)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _convolve(x: Tensor, filters: Tensor, bias: Tensor | None, out_channels: int, padding: int) -> Tensor:
+def _convolve(
+    x: Tensor, filters: Tensor, bias: Tensor | None, out_channels: int, taps: list[int], padding: list[int]
+) -> Tensor:
     channels = filters.shape[2]
     if x.dtype != torch.float32 or x.ndim != 4 or x.shape[1] != channels:
         raise ModelError(
             f"a convolution takes float32 (image, {channels}, y, x); it is given {x.dtype} of shape {tuple(x.shape)}"
         )
     x = x.contiguous(memory_format=torch.channels_last)
-    outputs = _outputs(x, filters, bias, out_channels, padding)
+    outputs = _outputs(x, filters, bias, out_channels, taps, padding)
     if outputs.numel() == 0:
         return outputs
     count, _, height, width = x.shape
+    taps_y, taps_x = taps
+    padding_y, padding_x = padding
     _winograd.convolve(
         x.data_ptr(),
         filters.data_ptr(),
@@ -145,7 +164,10 @@ def _convolve(x: Tensor, filters: Tensor, bias: Tensor | None, out_channels: int
         width,
         channels,
         out_channels,
-        padding,
+        taps_y,
+        taps_x,
+        padding_y,
+        padding_x,
         torch.get_num_threads(),
     )
     return outputs
@@ -156,16 +178,16 @@ torch.library.impl(_NAME, "CPU", _convolve)
 
 
 def transformed(weight: Tensor) -> Tensor:
-    """``G g G^T`` of every filter: of (out, in, 3, 3) float32 (36, group, in, out of the group), as the kernel reads.
+    """``G g G^T`` of every filter: of (out, in, y, x) float32 (product, group, in, out of the group).
 
     The last group is filled up with zeros.
     """
-    n_out, n_in = weight.shape[:2]
-    g = _FILTER_TRANSFORM
-    products = (g @ weight.detach().double() @ g.T).permute(2, 3, 1, 0).reshape(36, n_in, n_out)
+    n_out, n_in, *taps = weight.shape
+    y, x = map(_filter_transform, taps)
+    products = (y @ weight.detach().double() @ x.T).permute(2, 3, 1, 0).reshape(-1, n_in, n_out)
     groups = -(-n_out // _GROUP)
     filled = functional.pad(products, (0, groups * _GROUP - n_out)).float()
-    return filled.view(36, n_in, groups, _GROUP).transpose(1, 2).contiguous()
+    return filled.view(-1, n_in, groups, _GROUP).transpose(1, 2).contiguous()
 
 
 def fits(convolution: nn.Module, height: int, width: int) -> bool:
@@ -173,24 +195,29 @@ def fits(convolution: nn.Module, height: int, width: int) -> bool:
     # not its subclasses, which may do more than it does
     if type(convolution) is not nn.Conv2d or convolution.weight.dtype != torch.float32:
         return False
+    taps, padding = convolution.kernel_size, convolution.padding
     plain = (convolution.stride, convolution.dilation, convolution.groups) == ((1, 1), (1, 1), 1)
-    even = convolution.padding in ((0, 0), (1, 1), (2, 2)) and convolution.padding_mode == "zeros"
     channels = (convolution.in_channels, convolution.out_channels)
-    if convolution.kernel_size != (3, 3) or not plain or not even or any(n % _CHANNELS for n in channels):
+    if taps not in _TAPS or not plain or any(n % _CHANNELS for n in channels):
         return False
-    added = 2 * int(convolution.padding[0]) - 2
-    # the backward pass has tiles of the inputs
-    return min(_saving(height + added, width + added), _saving(height, width)) >= _LEAST_SAVING
+    if isinstance(padding, str) or convolution.padding_mode != "zeros":
+        return False
+    if any(n >= k for n, k in zip(padding, taps, strict=True)):  # the backward pass would have to cut
+        return False
+    sizes = [(size, size + 2 * n - k + 1) for size, n, k in zip((height, width), padding, taps, strict=True)]
+    inputs, outputs = zip(*sizes, strict=True)  # the backward pass has tiles of the inputs
+    return min(_saving(outputs, taps), _saving(inputs, taps)) >= _LEAST_SAVING
 
 
-def _saving(height: int, width: int) -> float:
-    """Multiplications of a direct convolution to so many outputs, over those of Winograd's algorithm."""
-    return 9 * height * width / (36 * n_tiles(height, width)) if height > 0 < width else 0.0
+def _saving(sides: Sequence[int], taps: Sequence[int]) -> float:
+    """Multiplications of a direct convolution to outputs of such sides, over those of Winograd's algorithm."""
+    return math.prod(sides) * math.prod(taps) / n_products(sides, taps) if min(sides) > 0 else 0.0
 
 
-def n_tiles(height: int, width: int) -> int:
-    """How many tiles, of 36 products each, cover so many outputs."""
-    return -(-height // _TILE) * -(-width // _TILE)
+def n_products(sides: Sequence[int], taps: Sequence[int]) -> int:
+    """Multiplications to outputs (y, x) of such sides, for each channel in and out."""
+    axes = zip(sides, map(tile, taps), strict=True)
+    return math.prod(-(-side // outputs) * products for side, (outputs, products) in axes)
 
 
 def use_winograd(network: nn.Module, image: Tensor) -> None:

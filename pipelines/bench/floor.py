@@ -105,12 +105,29 @@ def _numbers(*operands: Any, out_shape: Any, **_: Any) -> int:
     return sum(map(prod, shapes))
 
 
-def _winograd_flops(_x: Any, filters: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+def _winograd_flops(
+    x: torch.Size,
+    _filters: Any,
+    _bias: Any,
+    out_channels: int,
+    taps: list[int],
+    *_: Any,
+    out_shape: torch.Size,
+    **__: Any,
+) -> int:
     """Of the products alone: a multiplication and an addition each."""
-    count, out_channels, height, width = out_shape
-    return 2 * count * 36 * winograd.n_tiles(height, width) * filters[2] * out_channels
+    return 2 * x[0] * x[1] * out_channels * winograd.n_products(out_shape[2:], taps)
 
 
-def _winograd_numbers(x: torch.Size, filters: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-    """Transformed filters could be made of the nine numbers that they stand for."""
-    return prod(x) + prod(out_shape) + 9 * filters[2] * out_shape[1]
+def _winograd_numbers(
+    x: torch.Size,
+    _filters: Any,
+    _bias: Any,
+    out_channels: int,
+    taps: list[int],
+    *_: Any,
+    out_shape: torch.Size,
+    **__: Any,
+) -> int:
+    """Transformed filters could be made of the fewer numbers that they stand for."""
+    return prod(x) + prod(out_shape) + prod(taps) * x[1] * out_channels

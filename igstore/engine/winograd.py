@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 try:
     from igstore.engine import _winograd
-except ImportError as error:
-    logger.info("convolutions stay torch's: the compiled kernel is missing (%s)", error)
-    _GROUP = 0
-else:
-    _GROUP = _winograd.GROUP  # output channels that the kernel works on together
+except ImportError:  # there was no compiler
+    _winograd = None  # type: ignore[assignment,unused-ignore]
+_COMPILED = _winograd is not None
+# output channels that the kernel works on together; 0 where the processor lacks the instructions
+_GROUP = _winograd.GROUP if _COMPILED else 0
 
 # Taps of filters (y, x) that the kernel has. Along an axis of one tap there is nothing to save.
 _TAPS = {(3, 3), (1, 3), (3, 1), (5, 5), (1, 7), (7, 1)}
@@ -225,6 +225,11 @@ def use_winograd(network: nn.Module, image: Tensor) -> None:
 
     `image` is (1, channel, y, x), on a CPU.
     """
+    if not _COMPILED:
+        logger.warning(
+            "convolutions take up to twice the time they need: igstore was installed without a C++ compiler; "
+            "install it again where there is one (g++ or clang++)"
+        )
     if not available():
         return
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]

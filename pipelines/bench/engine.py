@@ -201,7 +201,7 @@ def best_captum_batch(
 
 def candidate_batches(n_steps: int, n_images: int, *, largest: int) -> list[int]:
     """Batch sizes worth trying, ascending: parts of an image's steps, or several images. Captum wants 2 or more."""
-    parts = [-(-n_steps // count) for count in (8, 4, 2, 1)]
+    parts = [-(-n_steps // count) for count in (16, 8, 4, 2, 1)]
     several = [n_steps * images for images in (2, 4, 8, 16) if images <= n_images]
     return sorted({size for size in [*parts, *several] if 2 <= size <= largest}) or [2]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import dask
 from dask.callbacks import Callback
+from dask.system import CPU_COUNT
 
 from igstore import __version__, cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, check_block, rank_blocks
@@ -73,7 +74,7 @@ def rank_store(
         Side of a block in pixels.
     scheduler
         Address of a dask.distributed scheduler whose workers all see the store at the same path. None leaves the choice
-        to dask: what its configuration says, else the active client, else threads of this process.
+        to dask: what its configuration says, else the active client, else threads of this process, two a processor.
     show_progress
         A progress bar on stderr.
 
@@ -180,8 +181,10 @@ def _active_client() -> Any:
 def _compute(tasks: Sequence[Any], client: Any, advance: Callable[[int], None]) -> None:
     """Compute the tasks, calling `advance` with each one's result when it is finished."""
     if client is None:
+        # a thread that waits for the disk leaves its processor to another one
+        n_threads = dask.config.get("num_workers", None) or 2 * CPU_COUNT
         with Callback(posttask=lambda _key, images, *_: advance(images)):
-            dask.compute(*tasks)
+            dask.compute(*tasks, num_workers=n_threads)
         return
     from distributed import as_completed
 

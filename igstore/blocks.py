@@ -20,7 +20,7 @@ from igstore.schema import check_choice
 
 try:
     from igstore import _ranking
-except ImportError:  # not compiled: NumPy ranks the same, in several times the time
+except ImportError:  # not compiled: NumPy ranks the same, in three times the time
     _ranking = None  # type: ignore[assignment,unused-ignore]
 
 DEFAULT_BLOCK = 3
@@ -236,7 +236,7 @@ _FRACTION_BITS = 24
 def rank_blocks(
     maps: ArrayLike, block: int = DEFAULT_BLOCK, score: str = "positive"
 ) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
-    """`block_ranks` and `block_shares` of the `block_sums` of maps: the same bits, sooner for a few stored maps.
+    """`block_ranks` and `block_shares` of the `block_sums` of maps: the same bits, sooner for stored maps.
 
     Scores of float16 maps are multiples of 2**-24, so those of stored maps, which stay below 2, are added as integers:
     32 bits hold the sum of 63 pixels, each below 2**25, and are sooner sorted by their digits than float64 is.

@@ -105,29 +105,13 @@ def _numbers(*operands: Any, out_shape: Any, **_: Any) -> int:
     return sum(map(prod, shapes))
 
 
-def _winograd_flops(
-    x: torch.Size,
-    _filters: Any,
-    _bias: Any,
-    out_channels: int,
-    taps: list[int],
-    *_: Any,
-    out_shape: torch.Size,
-    **__: Any,
-) -> int:
+def _winograd_flops(*operands: Any, out_shape: torch.Size, **_: Any) -> int:
     """Of the products alone: a multiplication and an addition each."""
-    return 2 * x[0] * x[1] * out_channels * winograd.n_products(out_shape[2:], taps)
+    x, _filters, _bias, out_channels, taps, _padding = operands
+    return int(2 * x[0] * x[1] * out_channels * winograd.n_products(out_shape[2:], taps))
 
 
-def _winograd_numbers(
-    x: torch.Size,
-    _filters: Any,
-    _bias: Any,
-    out_channels: int,
-    taps: list[int],
-    *_: Any,
-    out_shape: torch.Size,
-    **__: Any,
-) -> int:
+def _winograd_numbers(*operands: Any, out_shape: torch.Size, **_: Any) -> int:
     """Transformed filters could be made of the fewer numbers that they stand for."""
-    return prod(x) + prod(out_shape) + prod(taps) * x[1] * out_channels
+    x, _filters, _bias, out_channels, taps, _padding = operands
+    return int(prod(x) + prod(out_shape) + prod(taps) * x[1] * out_channels)

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+# (mmap, trim) as they are now: where glibc's own adaptation ends in a process that frees large blocks
+_thresholds = (32 << 20, 64 << 20)
+
 
 def keep_freed_memory(n_bytes: int) -> None:
     """From now on, have this process keep up to so many bytes of freed tensors for the next ones.
@@ -27,16 +30,18 @@ def freed_memory_kept() -> Iterator[None]:
     glibc gives every block above 32 MiB back at once, and the system clears its pages again for the next batch: up to a
     third of the time of a gradient on a CPU. Where the C library is another one, nothing changes.
     """
+    mmap, trim = _thresholds
     _set_thresholds(mmap=1 << 30, trim=(1 << 31) - 1)
     try:
         yield
     finally:
-        # where glibc's own adaptation ends in a process that frees large blocks
-        _set_thresholds(mmap=32 << 20, trim=64 << 20)
+        _set_thresholds(mmap=mmap, trim=trim)
 
 
 def _set_thresholds(*, mmap: int, trim: int) -> None:
     """Bytes from which glibc maps a block on its own, and from which it gives free memory back."""
+    global _thresholds
+    _thresholds = (mmap, trim)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, mmap)

@@ -193,7 +193,14 @@ def test_gradient_bytes_grow_with_the_network():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
-@pytest.mark.parametrize("keep", ["context = freed_memory_kept(); context.__enter__()", "keep_freed_memory(2**29)"])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        "context = freed_memory_kept(); context.__enter__()",
+        "keep_freed_memory(2**29)",
+        "keep_freed_memory(2**29)\nwith freed_memory_kept(): pass  # which leaves it as it was",
+    ],
+)
 def test_freed_memory_is_used_again_without_asking_the_system(keep):
     # in a process of its own, whose memory no other test has been through
     program = f"""

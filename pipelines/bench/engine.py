@@ -24,6 +24,7 @@ from igstore.engine.attributor import Attributor
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import Hoisted, hoist_stem
 from igstore.errors import UserError
+from igstore.freed_memory import freed_memory_kept
 from igstore.models import Classifier, load_classifier
 from igstore.normalisation import normalise
 from igstore.schema import BuildSpec, Precision
@@ -85,7 +86,9 @@ def compare(
         logger.warning("%d steps at once do not fit into memory: captum_one_batch is left out", n_steps)
         del contenders["captum_one_batch"]
     chosen = {name: run for name, run in contenders.items() if name in ("igstore", "captum", *others)}
-    timed = rounds.take_turns(chosen, repeats=repeats, seconds=seconds)
+    # or each would have to get from the system again what memory the other gave back
+    with freed_memory_kept():
+        timed = rounds.take_turns(chosen, repeats=repeats, seconds=seconds)
     with numerics("float32", device):
         # on a CPU captum as it comes is float32 already
         reference = timed.results["captum"][0] if device.type == "cpu" else run_captum(batch_size=captum_batch)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from igstore.engine.activations import after, keep_results, simplify_batch_norm
+from igstore.engine.fusion import fuse
 from igstore.engine.modules import input_sizes, readers, replace
-from igstore.engine.winograd import use_winograd
+from igstore.engine.convolutions import use_convolutions
 from igstore.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     if probe.device.type == "cpu":
         simplify_batch_norm(folded)
         fold_uneven_padding(folded, image)
-        use_winograd(folded, image)
+        use_convolutions(folded, image)
+        folded = fuse(folded, image)
     difference = (_outputs(folded, image) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     if not difference <= _TOLERANCE:
         logger.warning(

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from igstore.engine.winograd import WinogradConv2d, convolve
+from igstore.engine.convolutions import Convolution, convolve
 
 
 class Bfloat16Backward(TorchFunctionMode):
@@ -110,7 +110,7 @@ def _convolution(
     return _Convolution.apply(x, lambda x: function(x, weight, bias, *shape), mode.rounded(weight), *shape)
 
 
-def _winograd(mode: Bfloat16Backward, function: Any, x: Tensor, module: WinogradConv2d) -> Any:
+def _winograd(mode: Bfloat16Backward, function: Any, x: Tensor, module: Convolution) -> Any:
     if not _differentiated(x):
         return NotImplemented
     shape = ([1, 1], module.padding, [1, 1])

@@ -1,0 +1,171 @@
+"""Activations, sums and batch norms beside convolutions, found in a network's graph and left to the convolutions."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional
+
+from igstore.engine.activations import Clamp, ScaleAndShift
+from igstore.engine.convolutions import Convolution
+
+logger = logging.getLogger(__name__)
+
+_OWN = (Convolution, Clamp, ScaleAndShift)
+_RELUS = (functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+# What else may read a tensor that a convolution passes on: functions that leave it as it is.
+_READERS = (nn.MaxPool2d, nn.AvgPool2d, functional.max_pool2d, functional.avg_pool2d, torch.cat, *_SUMS)
+
+
+def fuse(network: nn.Module, image: Tensor) -> nn.Module:
+    """`network` as a graph in which its `Convolution`s do what is done to their inputs and outputs.
+
+    Its modules are shared, and changed: `network` itself is of no use afterwards, unless it is what is returned, which
+    it is where there is nothing to gain, or what it does depends on more than its input's shape.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode; its forward pass takes one tensor.
+    image
+        (1, channel, y, x), of the size to come.
+    """
+    if not any(isinstance(module, Convolution) for module in network.modules()):
+        return network
+    try:
+        traced = fx.GraphModule(network, _Tracer().trace(network))
+        with torch.no_grad():
+            ShapeProp(traced).propagate(image.clone())  # type: ignore[no-untyped-call]
+    except Exception as error:  # what a network's code does with a stand-in for a tensor is anyone's guess
+        logger.info("the network's graph cannot be had, so activations stay beside convolutions: %s", error)
+        return network
+    _skip_identities(traced)
+    convolutions = dict(_convolutions(traced))
+    for node, module in convolutions.items():
+        _take_sum(node, traced)
+        _take_activation(node, module, traced)
+        _take_batch_norm(node, module, traced)
+    for node, module in convolutions.items():
+        _pass_on(node, module, traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*_OWN, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+    """The module that a node calls, or None."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _is_call(node: fx.Node, traced: fx.GraphModule, targets: tuple[Any, ...]) -> bool:
+    """Whether a node calls one of some functions, methods (by name) or types of modules."""
+    if node.op == "call_module":
+        return type(_module_of(node, traced)) in targets
+    return node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _convolutions(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, Convolution]]:
+    """Calls of convolutions that are called once, and with nothing but a tensor: others stay as they are."""
+    modules = {node: _module_of(node, traced) for node in traced.graph.nodes}
+    calls = Counter(map(id, modules.values()))
+    for node, module in modules.items():
+        if isinstance(module, Convolution) and calls[id(module)] == 1 and len(node.args) == 1 and not node.kwargs:
+            yield node, module
+
+
+def _shape(node: fx.Node) -> Any:
+    return getattr(node.meta.get("tensor_meta"), "shape", None)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _take_the_place_of(node: fx.Node, other: fx.Node, traced: fx.GraphModule) -> None:
+    other.replace_all_uses_with(node)
+    traced.graph.erase_node(other)
+
+
+def _skip_identities(traced: fx.GraphModule) -> None:
+    for node in list(traced.graph.nodes):
+        if _is_call(node, traced, (nn.Identity,)) and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
+            _take_the_place_of(node.args[0], node, traced)
+
+
+def _take_sum(node: fx.Node, traced: fx.GraphModule) -> None:
+    """A sum of the outputs and a tensor of their shape that is there before them becomes the convolution's."""
+    user = _only_user(node)
+    if user is None or not _is_call(user, traced, _SUMS) or len(user.args) != 2 or user.kwargs:
+        return
+    addend = next((one for one in user.args if one is not node), None)
+    if isinstance(addend, fx.Node) and _shape(addend) == _shape(node) is not None and addend < node:
+        node.args = (node.args[0], addend)
+        _take_the_place_of(node, user, traced)
+
+
+def _take_activation(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
+    """A ReLU, or another clamp, of the outputs becomes the convolution's bounds."""
+    user = _only_user(node)
+    bounds = None if user is None else _bounds(user, traced)
+    if user is not None and bounds is not None:
+        module.bounds = bounds
+        _take_the_place_of(node, user, traced)
+
+
+def _bounds(node: fx.Node, traced: fx.GraphModule) -> list[float] | None:
+    """Those that a node brings its input within, if that is what it does."""
+    called = _module_of(node, traced)
+    if isinstance(called, Clamp):
+        return [called.low, called.high]
+    return [0.0, math.inf] if type(called) is nn.ReLU or _is_call(node, traced, _RELUS) else None
+
+
+def _take_batch_norm(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
+    """The ReLU of a batch norm, of which the convolution alone reads, becomes what the convolution reads."""
+    relu = node.args[0]
+    if module.taps != [1, 1] or module.stride != [1, 1] or not isinstance(relu, fx.Node):
+        return
+    norm = relu.args[0] if relu.args else None
+    if not isinstance(norm, fx.Node) or len(relu.users) != 1 or len(norm.users) != 1:
+        return
+    scaled = _module_of(norm, traced)
+    if isinstance(scaled, ScaleAndShift) and _bounds(relu, traced) == [0.0, math.inf]:
+        module.scale, module.shift = scaled.scale.flatten(), scaled.shift.flatten()
+        node.args = (norm.args[0], *node.args[1:])
+        traced.graph.erase_node(relu)
+        traced.graph.erase_node(norm)
+
+
+def _pass_on(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
+    """What reads the convolution's input after it reads it from the convolution, which then adds up the gradients."""
+    x = node.args[0]
+    if not isinstance(x, fx.Node) or len(_shape(x) or ()) != 4:
+        return
+    later = [user for user in x.users if user > node]
+    if not later or not all(_is_call(user, traced, (*_OWN, *_READERS)) for user in later):
+        return
+    module.passes_on = True
+    users = list(node.users)
+    with traced.graph.inserting_after(node):
+        passed_on = traced.graph.call_function(operator.getitem, (node, 1))
+        outputs = traced.graph.call_function(operator.getitem, (node, 0))
+    passed_on.meta, outputs.meta = x.meta, node.meta
+    for user in users:
+        user.replace_input_with(node, outputs)
+    for user in later:
+        user.replace_input_with(x, passed_on)

@@ -1,7 +1,8 @@
-"""Convolutions by Winograd's algorithm, against torch's direct ones in float64."""
+"""Convolutions, and what surrounds them, against torch's in float64."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from igstore.engine import winograd
+from igstore.engine import convolutions
 from igstore.engine.acceleration import accelerate
 from igstore.engine.backward import Bfloat16Backward
-from igstore.engine.winograd import WinogradConv2d, fits, use_winograd
+from igstore.engine.convolutions import Convolution, fits, use_convolutions
 from igstore.errors import ModelError
 from pipelines.bench.floor import count_work
 
-SOURCE = Path(winograd.__file__).with_name("_winograd.cpp")
+SOURCE = Path(convolutions.__file__).with_name("_convolutions.cpp")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 # The algorithm's transforms multiply by up to 8 and divide by up to 24, which leaves some 1e-5 of the largest output
@@ -27,7 +28,7 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 TOLERANCE = 1e-4
 
 needs_kernel = pytest.mark.skipif(
-    not winograd.available(), reason="the kernel is not compiled, or not for this processor"
+    not convolutions.available(), reason="the kernel is not compiled, or not for this processor"
 )
 
 
@@ -36,7 +37,7 @@ def test_kernel_is_there_where_it_can_be():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if COMPILER is None or " avx2 " not in flags or " fma " not in flags:
         pytest.skip("needs a C++ compiler and a processor with AVX2")
-    assert winograd.available()
+    assert convolutions.available()
 
 
 def convolution(
@@ -79,13 +80,17 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
         (1, 16, 16, (6, 9), (1, 7), (0, 6)),
         (2, 48, 64, (11, 14), (5, 5), (2, 2)),
         (1, 16, 16, (9, 9), (5, 5), (0, 4)),
+        (2, 48, 80, (9, 7), (1, 1), (0, 0)),  # groups that are not full
+        (5, 32, 64, (31, 17), (1, 1), (0, 0)),  # more pixels than are multiplied together
+        (1, 1024, 256, (4, 4), (1, 1), (0, 0)),  # few pixels and many channels: divided by channels
+        (1, 2560, 2048, (7, 7), (1, 1), (0, 0)),  # filters beyond the shared cache
     ],
 )
 def test_outputs_and_gradients_are_those_of_a_direct_convolution(count, channels, out_channels, size, taps, padding):
     direct = convolution(channels, out_channels, padding, taps=taps)
     x = torch.randn(count, channels, *size, requires_grad=True)
     exact = x.detach().double().requires_grad_()
-    outputs = WinogradConv2d(direct)(x)
+    outputs = Convolution(direct)(x)
     expected = nn.functional.conv2d(exact, direct.weight.double(), direct.bias.double(), padding=padding)
     assert_close(outputs.detach(), expected.detach())
     gradient = torch.randn(expected.shape)
@@ -94,10 +99,92 @@ def test_outputs_and_gradients_are_those_of_a_direct_convolution(count, channels
     assert_close(found, wanted)
 
 
+SURROUNDINGS = [(-math.inf, math.inf), (0.0, math.inf), (-0.25, 0.5)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("passes_on", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("bounds", SURROUNDINGS)
+@pytest.mark.parametrize(
+    ("taps", "stride", "size", "scales"),
+    [
+        (1, 1, (9, 15), False),
+        (1, 1, (9, 15), True),
+        (1, 2, (9, 14), False),
+        (1, (3, 1), (9, 14), False),
+        (3, 1, (9, 14), False),
+    ],
+)
+def test_what_surrounds_a_convolution(taps, stride, size, scales, bounds, adds, passes_on):
+    torch.manual_seed(1)
+    direct = nn.Conv2d(48, 80, taps, stride=stride, padding=taps // 2).requires_grad_(False)
+    module = Convolution(direct)
+    module.bounds, module.passes_on = bounds, passes_on
+    x = torch.randn(3, 48, *size, requires_grad=True)
+    exact = read = x.detach().double().requires_grad_()
+    if scales:
+        module.scale, module.shift = torch.randn(48), torch.randn(48)
+        scale, shift = (one.double()[:, None, None] for one in (module.scale, module.shift))
+        read = nn.functional.relu(scale * exact + shift)
+    expected = nn.functional.conv2d(
+        read, direct.weight.double(), direct.bias.double(), stride=stride, padding=taps // 2
+    )
+    addend = torch.randn(expected.shape, requires_grad=True) if adds else None
+    exact_addend = addend.detach().double().requires_grad_() if addend is not None else None
+    expected = (expected if exact_addend is None else expected + exact_addend).clamp(*bounds)
+    gradient, other = torch.randn(expected.shape), torch.randn(x.shape)
+    found = module(x, addend)
+    outputs, passed_on = found if passes_on else (found, x.detach())
+    assert_close(outputs.detach(), expected.detach())
+    assert torch.equal(passed_on, x)
+    sums = [(outputs * gradient).sum(), (expected * gradient.double()).sum()]
+    if passes_on:
+        sums = [sums[0] + (passed_on * other).sum(), sums[1] + (exact * other.double()).sum()]
+    of = [one for one in (x, addend) if one is not None]
+    exactly_of = [one for one in (exact, exact_addend) if one is not None]
+    for one, wanted in zip(torch.autograd.grad(sums[0], of), torch.autograd.grad(sums[1], exactly_of), strict=True):
+        assert_close(one, wanted)
+
+
+@needs_kernel
+def test_only_what_is_passed_on_has_a_gradient():
+    module = Convolution(convolution(16, 16))
+    module.passes_on = True
+    x = torch.randn(1, 16, 8, 8, requires_grad=True)
+    _, passed_on = module(x)
+    (gradient,) = torch.autograd.grad((3 * passed_on).sum(), x)
+    assert torch.equal(gradient, torch.full_like(x, 3.0))
+
+
+@needs_kernel
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 32, 8, 7), torch.zeros(1, 32, 8, 8, dtype=torch.float64)])
+def test_addends_of_another_shape_or_type(wrong, taps):
+    module = Convolution(convolution(16, 32, taps // 2, taps=taps))
+    with pytest.raises(ModelError, match=r"expected float32 of shape \(1, 32, 8, 8\)"):
+        module(torch.zeros(1, 16, 8, 8), wrong)
+
+
+@needs_kernel
+def test_values_at_the_bounds_pass_no_gradient():
+    """As torch has it: its ReLU has the gradient 0 at 0, its ReLU6 at 6 too."""
+    direct = convolution(16, 16, 0, taps=1)
+    direct.weight.zero_()
+    direct.bias.copy_(torch.tensor([0.0, 6.0, 3.0, -1.0, 7.0, -0.0, 1e-45, 5.9999995, *(0.0,) * 8]))
+    module = Convolution(direct)
+    module.bounds = (0.0, 6.0)
+    addend = torch.zeros(1, 16, 4, 4, requires_grad=True)
+    outputs = module(torch.zeros(1, 16, 4, 4, requires_grad=True), addend)
+    (gradient,) = torch.autograd.grad(outputs.sum(), addend)
+    assert gradient[0, :, 0, 0].tolist() == [0, 0, 1, 0, 0, 0, 1, 1, *(0,) * 8]
+    assert outputs[0, :8, 0, 0].tolist() == [0, 6, 3, 0, 6, 0, direct.bias[6], direct.bias[7]]
+
+
 @needs_kernel
 def test_without_bias_and_in_any_layout():
     direct = convolution(16, 32, bias=False)
-    module = WinogradConv2d(direct)
+    module = Convolution(direct)
     x = torch.randn(2, 16, 10, 8)
     expected = nn.functional.conv2d(x.double(), direct.weight.double(), padding=1)
     assert_close(module(x), expected)
@@ -113,12 +200,12 @@ def test_a_filter_of_one_tap_moves_the_image():
     x = torch.randn(1, 16, 8, 8)
     moved = torch.zeros_like(x)
     moved[:, :, 1:, :-1] = x.flip(1)[:, :, :-1, 1:]
-    assert_close(WinogradConv2d(direct)(x), moved.double())
+    assert_close(Convolution(direct)(x), moved.double())
 
 
 @needs_kernel
 def test_same_bits_whatever_the_threads_and_the_company():
-    module = WinogradConv2d(convolution(64, 96))
+    module = Convolution(convolution(64, 96))
     x = torch.randn(5, 64, 17, 23)
     threads = torch.get_num_threads()
     found = []
@@ -135,7 +222,7 @@ def test_same_bits_whatever_the_threads_and_the_company():
 @needs_kernel
 def test_nothing_of_it_is_left_over():
     """A channel, image or tile that is not written would hold what was in memory before: fill it with NaN first."""
-    module = WinogradConv2d(convolution(16, 48))
+    module = Convolution(convolution(16, 48))
     for size in (5, 6, 7, 8):
         x = torch.randn(3, 16, size, size)
         for _ in range(3):
@@ -146,7 +233,7 @@ def test_nothing_of_it_is_left_over():
 
 @needs_kernel
 def test_no_images_and_wrong_ones():
-    module = WinogradConv2d(convolution(16, 32))
+    module = Convolution(convolution(16, 32))
     assert module(torch.zeros(0, 16, 8, 8)).shape == (0, 32, 8, 8)
     for wrong in (torch.zeros(1, 8, 8, 8), torch.zeros(16, 8, 8), torch.zeros(1, 16, 8, 8, dtype=torch.float64)):
         with pytest.raises(ModelError, match=r"takes float32 \(image, 16, y, x\); it is given torch"):
@@ -155,7 +242,7 @@ def test_no_images_and_wrong_ones():
 
 @needs_kernel
 def test_shapes_alone():
-    module = WinogradConv2d(convolution(16, 48, padding=0)).to("meta")
+    module = Convolution(convolution(16, 48, padding=0)).to("meta")
     x = torch.empty(2, 16, 9, 14, device="meta", requires_grad=True)
     outputs = module(x)
     assert (outputs.shape, outputs.device.type) == ((2, 48, 7, 12), "meta")
@@ -164,7 +251,7 @@ def test_shapes_alone():
 
 @needs_kernel
 def test_benchmark_counts_what_is_multiplied():
-    network = WinogradConv2d(convolution(16, 32, bias=False))
+    network = Convolution(convolution(16, 32, bias=False))
     flops, n_bytes = count_work(network, (16, 8, 12), batch_size=1, item_bytes=4)
     products = 36 * 2 * 3 * 16 * 32  # of 2 by 3 tiles, forwards and as many backwards
     assert flops == 2 * 2 * products
@@ -172,7 +259,7 @@ def test_benchmark_counts_what_is_multiplied():
     # a direct convolution has four times as many, as the tiles are full
     direct, _ = count_work(convolution(16, 32, bias=False), (16, 8, 12), batch_size=1, item_bytes=4)
     assert direct == 4 * flops
-    row = WinogradConv2d(convolution(16, 32, (0, 3), taps=(1, 7)))
+    row = Convolution(convolution(16, 32, (0, 3), taps=(1, 7)))
     flops, _ = count_work(row, (16, 8, 12), batch_size=1, item_bytes=4)
     assert flops == 2 * 2 * 10 * 8 * 3 * 16 * 32  # ten products of each of 8 by 3 tiles
 
@@ -204,7 +291,12 @@ class _Subclass(nn.Conv2d):
         (_changed(), (0, 0), False),
         (_changed(in_channels=3), (56, 56), False),
         (_changed(out_channels=24), (56, 56), False),
-        (_changed(kernel_size=1, padding=0), (56, 56), False),
+        (_changed(kernel_size=1, padding=0), (56, 56), True),
+        (_changed(kernel_size=1, padding=0, stride=2), (56, 56), True),
+        (_changed(kernel_size=1, padding=0), (4, 4), True),
+        (_changed(kernel_size=1, padding=0), (1, 1), False),  # all filters are read for a single pixel
+        (_changed(kernel_size=1, padding=1), (56, 56), False),
+        (_changed(kernel_size=1, padding=0, in_channels=24), (56, 56), False),
         (_changed(kernel_size=(1, 3), padding=(0, 1)), (8, 8), True),
         (_changed(kernel_size=(3, 1), padding=(1, 0)), (8, 8), True),
         (_changed(kernel_size=(3, 1), padding=(1, 0)), (7, 8), False),  # two tiles for seven outputs save too little
@@ -251,10 +343,8 @@ def test_only_what_gains_is_replaced():
     network = _Network()
     image = torch.randn(1, 16, 16, 16)
     expected = network(image)
-    use_winograd(network, image)
-    replaced = [
-        name for name, module in network.named_modules(remove_duplicate=False) if type(module) is WinogradConv2d
-    ]
+    use_convolutions(network, image)
+    replaced = [name for name, module in network.named_modules(remove_duplicate=False) if type(module) is Convolution]
     assert replaced == ["plain", "again"]
     assert network.plain is network.again
     assert_close(network(image), expected.double())
@@ -274,7 +364,7 @@ def test_accelerated_networks_have_it_on_cpus():
     probe = torch.zeros(1, 3, 20, 20)
     network(probe)
     fast = accelerate(network, probe)
-    assert [type(module) for module in fast.children()][2] is WinogradConv2d
+    assert [type(module) for module in fast.children()][2] is Convolution
     x = torch.randn(2, 3, 20, 20)
     assert_close(fast(x), network.eval().double()(x.double()).detach())
 
@@ -282,7 +372,7 @@ def test_accelerated_networks_have_it_on_cpus():
 @needs_kernel
 def test_gradients_in_bfloat16():
     direct = convolution(32, 64)
-    module = WinogradConv2d(direct)
+    module = Convolution(direct)
     x = torch.randn(2, 32, 12, 12, requires_grad=True)
     with Bfloat16Backward():
         outputs = module(x)
@@ -306,13 +396,13 @@ def _in_another_process(code: str, *paths: Path) -> subprocess.CompletedProcess[
 def test_without_the_kernel_convolutions_stay():
     code = """
 import sys
-sys.modules["igstore.engine._winograd"] = None
+sys.modules["igstore.engine._convolutions"] = None
 import torch
 from torch import nn
 from igstore.engine.acceleration import accelerate
-from igstore.engine import winograd
+from igstore.engine import convolutions
 network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), torch.zeros(1, 16, 12, 12))
-print(winograd.available(), type(network[0]).__name__)
+print(convolutions.available(), type(network[0]).__name__)
 """
     done = _in_another_process(code)
     assert done.stdout == "False Conv2d\n", done.stderr
@@ -320,10 +410,10 @@ print(winograd.available(), type(network[0]).__name__)
 
 
 def test_processors_without_the_instructions(monkeypatch, caplog):
-    monkeypatch.setattr(winograd, "_COMPILED", True)
-    monkeypatch.setattr(winograd, "_GROUP", 0)
+    monkeypatch.setattr(convolutions, "_COMPILED", True)
+    monkeypatch.setattr(convolutions, "_GROUP", 0)
     network = nn.Sequential(convolution(16, 16))
-    use_winograd(network, torch.zeros(1, 16, 12, 12))
+    use_convolutions(network, torch.zeros(1, 16, 12, 12))
     assert type(network[0]) is nn.Conv2d
     assert not caplog.records  # there is nothing to be done about it
 
@@ -333,7 +423,7 @@ def test_instructions_of_other_processors(tmp_path):
     """The kernel for processors without AVX-512, where this one has it."""
     if COMPILER is None or " avx512f " not in Path("/proc/cpuinfo").read_text():
         pytest.skip("needs a C++ compiler and a processor with AVX-512")
-    built = tmp_path / "_winograd.so"
+    built = tmp_path / "_convolutions.so"
     command = [COMPILER, "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-DWITHOUT_AVX512"]
     command += ["-I", sysconfig.get_paths()["include"], str(SOURCE), "-o", str(built)]
     subprocess.run(command, check=True, timeout=120)
@@ -341,24 +431,37 @@ def test_instructions_of_other_processors(tmp_path):
 import importlib.machinery, importlib.util, sys
 import torch
 from torch import nn
-loader = importlib.machinery.ExtensionFileLoader("igstore.engine._winograd", sys.argv[1])
-spec = importlib.util.spec_from_file_location("igstore.engine._winograd", sys.argv[1], loader=loader)
+loader = importlib.machinery.ExtensionFileLoader("igstore.engine._convolutions", sys.argv[1])
+spec = importlib.util.spec_from_file_location("igstore.engine._convolutions", sys.argv[1], loader=loader)
 module = importlib.util.module_from_spec(spec)
 loader.exec_module(module)
 import igstore.engine
-igstore.engine._winograd = sys.modules["igstore.engine._winograd"] = module
-from igstore.engine import winograd
-assert winograd._GROUP == 16, winograd._GROUP
+igstore.engine._convolutions = sys.modules["igstore.engine._convolutions"] = module
+from igstore.engine import convolutions
+assert convolutions._GROUP == 16, convolutions._GROUP
 torch.manual_seed(0)
-cases = ((16, 48, 9, 3, 1), (128, 64, 28, 3, 1), (512, 256, 7, 3, 1), (32, 16, 17, (1, 7), (0, 3)), (16, 32, 12, 5, 2))
+cases = ((16, 48, 9, 3, 1), (128, 64, 28, 3, 1), (512, 256, 7, 3, 1), (32, 16, 17, (1, 7), (0, 3)), (16, 32, 12, 5, 2),
+         (48, 80, 15, 1, 0))
 for channels, out_channels, size, taps, padding in cases:
     direct = nn.Conv2d(channels, out_channels, taps, padding=padding).requires_grad_(False)
     x = torch.randn(2, channels, size, size)
     expected = nn.functional.conv2d(x.double(), direct.weight.double(), direct.bias.double(), padding=padding)
-    print(float((winograd.WinogradConv2d(direct)(x) - expected).abs().max() / expected.abs().max()))
+    module = convolutions.Convolution(direct)
+    addend = torch.randn(expected.shape)
+    module.bounds = (0.0, 2.0)
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    expected = nn.functional.conv2d(exact, direct.weight.double(), direct.bias.double(), padding=padding) + addend
+    expected = expected.clamp(0.0, 2.0)
+    outputs = module(x, addend)
+    gradient = torch.randn(expected.shape)
+    (found,) = torch.autograd.grad(outputs, x, gradient)
+    (wanted,) = torch.autograd.grad(expected, exact, gradient.double())
+    for one, other in ((outputs, expected), (found, wanted)):
+        print(float((one - other).detach().abs().max() / other.detach().abs().max()))
 """
     done = _in_another_process(code, built)
     assert done.returncode == 0, done.stderr
     differences = [float(line) for line in done.stdout.split()]
-    assert len(differences) == 5
+    assert len(differences) == 12
     assert max(differences) < TOLERANCE

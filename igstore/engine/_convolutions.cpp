@@ -311,6 +311,8 @@ struct Factors {
     Size stride;  // of the rows of a
     const float *b;
     Size inner;
+    const float *next[2];  // what to fetch meanwhile: so many cache lines of the first, and of the second, if any
+    Size lines;
 };
 
 // ROWS rows of a product, and VECTORS vectors of its columns. All of it but the inputs is in registers.
@@ -324,6 +326,10 @@ INLINE void multiply_rows(const Factors &factors, Size first_row, const To &to) 
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) sums[row][v] = to.template start<LANES>(first_row + row, v * LANES);
     for (Size k = 0; k < factors.inner; k++) {
+        if (k < factors.lines) {
+            __builtin_prefetch(factors.next[0] + LINE * k, 0, 2);
+            if (factors.next[1]) __builtin_prefetch(factors.next[1] + LINE * k, 0, 2);
+        }
         V from[VECTORS];
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) from[v] = load<LANES>(b + (2 * k + v) * LANES);
@@ -348,14 +354,17 @@ INLINE void multiply_few(Size rows, const Factors &factors, Size first_row, cons
 
 // MOST_ROWS is what the registers hold: rows are dealt out evenly, so that no call gets one or two of them.
 template <int LANES, int MOST_ROWS, typename To>
-INLINE void multiply(Size rows, Size columns, const Factors &factors, const To &to) {
+INLINE void multiply(Size rows, Size columns, Factors factors, const To &to) {
     const Size calls = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    factors.lines = (factors.lines + calls - 1) / calls;
     for (Size call = 0; call < calls; call++) {
         const Size first = rows * call / calls, last = rows * (call + 1) / calls;
         if (columns > LANES)
             multiply_few<LANES, 2, MOST_ROWS>(last - first, factors, first, to);
         else
             multiply_few<LANES, 1, MOST_ROWS>(last - first, factors, first, to);
+        factors.next[0] += LINE * factors.lines;
+        if (factors.next[1]) factors.next[1] += LINE * factors.lines;
     }
 }
 
@@ -412,7 +421,7 @@ INLINE void convolve_tiles(const Convolution &c, Range tiles, Range to_channels,
         for (Size channel = 0; channel < to_channels.count(); channel += GROUP) {
             const Size group = product * groups + (to_channels.first + channel) / GROUP;
             const float *filters = c.filters + group * c.channels * GROUP;
-            const Factors factors{from + product * from_plane, c.channels, filters, c.channels};
+            const Factors factors{from + product * from_plane, c.channels, filters, c.channels, {}, 0};
             const ToScratch products{to + product * to_plane + channel, width};
             multiply<LANES, MOST_ROWS>(tiles.count(), to_channels.count() - channel, factors, products);
         }
@@ -443,18 +452,16 @@ INLINE void convolve_pixels(const Convolution &c, Range pixels, Range to_channel
                 *(V *)(rows + row * stride + channel) = value;
             }
         }
-        // the rows that come next are fetched meanwhile, some for each group
-        Size at = (first + count) * c.channels;
+        // the rows that come next are fetched meanwhile, a share of them for each group
         const Size end = std::min(first + count + ROWS_TOGETHER, pixels.last) * c.channels;
         const Size groups = (to_channels.count() + GROUP - 1) / GROUP;
-        const Size share = round_up((std::max<Size>(0, end - at) + groups - 1) / groups, LINE);
+        Size next = (first + count) * c.channels;
+        const Size share = (std::max<Size>(0, end - next) / LINE + groups - 1) / groups;
         for (Size channel = to_channels.first; channel < to_channels.last; channel += GROUP) {
-            const Factors factors{rows, stride, c.filters + channel * c.channels, c.channels};
-            for (const Size last = std::min(at + share, end); at < last; at += LINE) {
-                __builtin_prefetch(c.inputs + at, 0, 2);
-                if (c.gate) __builtin_prefetch(c.gate + at, 0, 2);
-            }
+            const Factors factors{rows, stride, c.filters + channel * c.channels, c.channels,
+                                  {c.inputs + next, c.gate ? c.gate + next : nullptr}, share};
             multiply<LANES, MOST_ROWS>(count, to_channels.last - channel, factors, ToOutputs{c, first, channel});
+            next += LINE * share;
         }
     }
 }

@@ -7,28 +7,31 @@ import logging
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from igstore.engine.activations import after, keep_results, simplify_batch_norm
+from igstore.engine.convolutions import use_convolutions
 from igstore.engine.fusion import fuse
 from igstore.engine.modules import input_sizes, readers, replace
-from igstore.engine.convolutions import use_convolutions
 from igstore.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 # Folding reorders a few float32 operations; more than this, relative to the size of the logits, is a mistake.
 _TOLERANCE = 1e-3
+# The same of the gradient, relative to its length. Where rounding moves an output of a ReLU across 0, it jumps.
+_GRADIENT_TOLERANCE = 0.1
 
 
 def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     """A copy of `network` on the probe's device, in evaluation mode, for gradients with respect to its input.
 
     Parameters are frozen, batch norms that follow a convolution are folded into it, and convolutions run channels last.
-    On a CPU other batch norms are simplified, uneven padding is folded into depthwise kernels, and 3x3 convolutions go
-    by Winograd's algorithm.
-    A network whose folded form disagrees with it on a random image is left as it is, with a line in the log.
+    On a CPU other batch norms are simplified, uneven padding is folded into depthwise kernels, and convolutions are
+    igstore's own, with the activations and sums beside them (`igstore.engine.fusion`), but under autocast.
+    A network whose folded form disagrees with it on a random image, in outputs or gradient, is left as it is, with a
+    line in the log.
 
     Parameters
     ----------
@@ -56,16 +59,45 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     if probe.device.type == "cpu":
         simplify_batch_norm(folded)
         fold_uneven_padding(folded, image)
-        use_convolutions(folded, image)
-        folded = fuse(folded, image)
-    difference = (_outputs(folded, image) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        if not torch.is_autocast_enabled("cpu"):
+            use_convolutions(folded, image)
+            folded = fuse(folded, image)
+    difference = _difference(_outputs(folded, image), expected)
     if not difference <= _TOLERANCE:
         logger.warning(
-            "the network is left unfolded: folding would change the outputs by %.1e of their size",
-            float(difference),
+            "the network is left unfolded: folding would change the outputs by %.1e of their size", difference
         )
         return plain
+    if isinstance(folded, fx.GraphModule):
+        difference = _gradient_difference(folded, plain, image)
+        if not difference <= _GRADIENT_TOLERANCE:
+            logger.warning(
+                "the network is left unfolded: folding would change gradients by %.1e of their size", difference
+            )
+            return plain
     return folded
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def _gradient_difference(network: nn.Module, expected: nn.Module, image: Tensor) -> float:
+    """Of the gradients of some sum of the outputs, relative to the length of the one that is expected."""
+
+    def gradient(of: nn.Module) -> Tensor:
+        leaf = image.clone().requires_grad_()
+        outputs = of(leaf.clone())
+        weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).to(outputs)
+        (found,) = torch.autograd.grad((outputs * weights).sum(), leaf)
+        return found
+
+    wanted = gradient(expected)
+    try:
+        return float((gradient(network) - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    except RuntimeError as error:  # torch has seen a tensor change that another one's gradient needs
+        logger.info("the gradient of the folded network fails: %s", error)
+        return float("inf")
 
 
 def _outputs(network: nn.Module, image: Tensor) -> Tensor:

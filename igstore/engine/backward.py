@@ -45,13 +45,13 @@ class Bfloat16Backward(TorchFunctionMode):
         return self._rounded[id(weight)][1]
 
 
-def _as_it_comes(context: Any) -> None:
-    """Have the gradient of the output handed over in whatever type it has; torch casts it to the output's by default.
+def _as_it_comes(context: Any, outputs: int = 1) -> None:
+    """Have gradients of outputs handed over in whatever type they have; torch casts them to the outputs' by default.
 
     Older versions of torch always do, which costs time and changes nothing.
     """
     if hasattr(context, "set_output_grad_dtype"):
-        context.set_output_grad_dtype(None)
+        context.set_output_grad_dtype(*(None,) * outputs)
 
 
 def _differentiated(*tensors: object) -> bool:
@@ -82,13 +82,25 @@ class _Convolution(Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.to(torch.bfloat16)
-        # of the input the shape and the layout matter; its numbers are for the weight's gradient
-        x = torch.empty(context.input_shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
-        stride, padding, dilation = context.shape
-        at_input, _, _ = torch.ops.aten.convolution_backward(
-            gradient, x, context.rounded, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
-        )
-        return at_input, *(None,) * 5
+        return _convolution_backward(gradient, context.input_shape, context.rounded, *context.shape), *(None,) * 5
+
+
+def _convolution_backward(
+    gradient: Tensor,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The gradient at the input, all in bfloat16."""
+    # of the input the shape and the layout matter; its numbers are for the weight's gradient
+    x = torch.empty(input_shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    at_input: Tensor
+    at_input, _, _ = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [True, False, False]
+    )
+    return at_input
 
 
 def _convolution(
@@ -110,11 +122,60 @@ def _convolution(
     return _Convolution.apply(x, lambda x: function(x, weight, bias, *shape), mode.rounded(weight), *shape)
 
 
-def _winograd(mode: Bfloat16Backward, function: Any, x: Tensor, module: Convolution) -> Any:
-    if not _differentiated(x):
+class _OwnConvolution(Function):
+    """A `Convolution`, with what surrounds it."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        x: Tensor,
+        addend: Tensor | None,
+        function: Callable[..., Any],
+        module: Convolution,
+        rounded: Tensor,
+    ) -> Any:
+        _as_it_comes(context, outputs=1 + module.passes_on)
+        context.set_materialize_grads(False)
+        result = function(x, addend, module)
+        outputs = result[0] if module.passes_on else result
+        context.module, context.rounded, context.input_shape = module, rounded, x.shape
+        # autograd would keep the outputs themselves
+        context.inside = _between(outputs, *module.bounds) if module.bounded else None
+        if module.scale is not None:
+            context.save_for_backward(x)
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor | None, passed_on: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return passed_on, *(None,) * 4
+        module: Convolution = context.module
+        gradient = gradient.to(torch.bfloat16)
+        if context.inside is not None:
+            gradient = gradient * context.inside
+        at_input = _convolution_backward(
+            gradient, context.input_shape, context.rounded, module.stride, module.padding, [1, 1]
+        )
+        if module.scale is not None and module.shift is not None:
+            (x,) = context.saved_tensors
+            scale, shift = (one[:, None, None] for one in (module.scale, module.shift))
+            at_input = at_input * ((torch.addcmul(shift, x, scale) > 0) * scale).to(torch.bfloat16)
+        if passed_on is not None:
+            at_input = at_input + passed_on
+        return at_input, gradient if context.needs_input_grad[1] else None, None, None, None
+
+
+def _between(result: Tensor, low: float, high: float) -> Tensor:
+    """1 where gradients pass a clamp, and 0 where they do not, in bfloat16."""
+    return ((result > low) & (result < high)).to(torch.bfloat16)
+
+
+def _own_convolution(
+    mode: Bfloat16Backward, function: Any, x: Tensor, addend: Tensor | None, module: Convolution
+) -> Any:
+    if not _differentiated(x) or (addend is not None and not _differentiated(addend)):
         return NotImplemented
-    shape = ([1, 1], module.padding, [1, 1])
-    return _Convolution.apply(x, lambda x: function(x, module), mode.rounded(module.weight), *shape)
+    return _OwnConvolution.apply(x, addend, function, module, mode.rounded(module.weight))
 
 
 # --- ReLU
@@ -211,7 +272,7 @@ def _multiplication(mode: Bfloat16Backward, function: Any, shift: Tensor, x: Ten
 _KNOWN_BY_NAME = frozenset({"bias", "stride", "padding", "dilation", "groups", "inplace", "dim"})
 _CARRIED: dict[Any, Callable[..., Any]] = {
     functional.conv2d: _convolution,  # which is torch.conv2d
-    convolve: _winograd,
+    convolve: _own_convolution,
     functional.relu: _relu,
     torch.relu: _relu,
     torch.add: _sum,

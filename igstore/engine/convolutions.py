@@ -44,6 +44,7 @@ _POINTS: dict[int, tuple[float, ...]] = {3: (1, 2), 5: (1, 2, 0.5), 7: (1, 2, 0.
 _CHANNELS = 16  # the kernel wants channels in multiples of these
 # Multiplications saved, below which transforms cost more: tiles at the edge may be mostly empty.
 _LEAST_SAVING = 2.0
+_UNBOUNDED = (-math.inf, math.inf)
 _FEWEST_PIXELS = 16  # below this, of filters with one tap, reading filters takes longer than multiplying by them
 
 
@@ -71,7 +72,7 @@ def available() -> bool:
 
 
 class Convolution(nn.Module):
-    """What a `torch.nn.Conv2d` computes, for float32 on a CPU, with gradients to its input alone; and what surrounds it.
+    """What a `torch.nn.Conv2d` computes, and what surrounds it, for float32 on a CPU; with no gradients to its weights.
 
     Of x and an addend of the output's shape it gives ``clamp(convolution(a) + addend, *bounds)``, where ``a`` is x, or
     ``relu(scale x + shift)`` where there is a scale.
@@ -102,7 +103,7 @@ class Convolution(nn.Module):
         self.taps = list(convolution.kernel_size)
         self.stride = list(convolution.stride)
         self.padding = [int(n) for n in convolution.padding]
-        self.bounds = [-math.inf, math.inf]
+        self.bounds = _UNBOUNDED
         self.register_buffer("scale", None)
         self.register_buffer("shift", None)
         self.passes_on = False
@@ -116,7 +117,7 @@ class Convolution(nn.Module):
     @property
     def bounded(self) -> bool:
         """Whether the outputs are clamped."""
-        return self.bounds != [-math.inf, math.inf]
+        return self.bounds != _UNBOUNDED
 
     def filters(self) -> Tensor:
         """Transformed filters of the forward pass, made when they are first wanted."""
@@ -134,7 +135,7 @@ class Convolution(nn.Module):
 def convolve(x: Tensor, addend: Tensor | None, module: Convolution) -> Tensor | tuple[Tensor, Tensor]:
     """The forward pass of `module`; a `TorchFunctionMode` sees it as it sees torch's own functions."""
     if has_torch_function((x, addend)):
-        return handle_torch_function(convolve, (x, addend), x, addend, module)  # type: ignore[no-any-return]
+        return handle_torch_function(convolve, (x, addend), x, addend, module)
     return _Convolution.apply(x, addend, module)  # type: ignore[no-any-return]
 
 
@@ -144,7 +145,7 @@ class _Convolution(Function):
         context.set_materialize_grads(False)
         context.module, context.shape = module, x.shape
         outputs, _ = _operation(
-            x[:, :, :: module.stride[0], :: module.stride[1]],
+            x[..., :: module.stride[0], :: module.stride[1]],
             module.filters(),
             len(module.weight),
             module.taps,
@@ -199,7 +200,7 @@ def _spread(gradient: Tensor, stride: Sequence[int], shape: torch.Size, addend: 
         spread = _empty(shape, gradient).zero_()
     else:
         spread = addend.clone(memory_format=torch.channels_last)
-    spread[:, :, :: stride[0], :: stride[1]] += gradient
+    spread[..., :: stride[0], :: stride[1]] += gradient
     return spread
 
 
@@ -266,19 +267,35 @@ def _convolve(
     ]
     gate, rectified, addend = as_images
     count, _, height, width = x.shape
+    taps_y, taps_x = taps
+    padding_y, padding_x = padding
+    gate_low, gate_high = gate_bounds or _UNBOUNDED
+    low, high = bounds or _UNBOUNDED
     _convolutions.convolve(
-        *map(_address, (x, filters, outputs, gate, gated if keeps_gated else None)),
-        *map(_address, (scale, shift, rectified, bias, addend)),
+        x.data_ptr(),
+        filters.data_ptr(),
+        outputs.data_ptr(),
+        _address(gate),
+        _address(gated if keeps_gated else None),
+        _address(scale),
+        _address(shift),
+        _address(rectified),
+        _address(bias),
+        _address(addend),
         count,
         height,
         width,
         channels,
         out_channels,
-        *taps,
-        *padding,
+        taps_y,
+        taps_x,
+        padding_y,
+        padding_x,
         torch.get_num_threads(),
-        *(gate_bounds or (-math.inf, math.inf)),
-        *(bounds or (-math.inf, math.inf)),
+        gate_low,
+        gate_high,
+        low,
+        high,
     )
     return outputs, gated
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _OWN = (Convolution, Clamp, ScaleAndShift)
 _RELUS = (functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_RELU = (0.0, math.inf)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 # What else may read a tensor that a convolution passes on: functions that leave it as it is.
 _READERS = (nn.MaxPool2d, nn.AvgPool2d, functional.max_pool2d, functional.avg_pool2d, torch.cat, *_SUMS)
@@ -44,7 +45,7 @@ def fuse(network: nn.Module, image: Tensor) -> nn.Module:
     try:
         traced = fx.GraphModule(network, _Tracer().trace(network))
         with torch.no_grad():
-            ShapeProp(traced).propagate(image.clone())  # type: ignore[no-untyped-call]
+            ShapeProp(traced).propagate(image.clone())
     except Exception as error:  # what a network's code does with a stand-in for a tensor is anyone's guess
         logger.info("the network's graph cannot be had, so activations stay beside convolutions: %s", error)
         return network
@@ -127,12 +128,12 @@ def _take_activation(node: fx.Node, module: Convolution, traced: fx.GraphModule)
         _take_the_place_of(node, user, traced)
 
 
-def _bounds(node: fx.Node, traced: fx.GraphModule) -> list[float] | None:
+def _bounds(node: fx.Node, traced: fx.GraphModule) -> tuple[float, float] | None:
     """Those that a node brings its input within, if that is what it does."""
     called = _module_of(node, traced)
     if isinstance(called, Clamp):
-        return [called.low, called.high]
-    return [0.0, math.inf] if type(called) is nn.ReLU or _is_call(node, traced, _RELUS) else None
+        return called.low, called.high
+    return _RELU if type(called) is nn.ReLU or _is_call(node, traced, _RELUS) else None
 
 
 def _take_batch_norm(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
@@ -144,7 +145,7 @@ def _take_batch_norm(node: fx.Node, module: Convolution, traced: fx.GraphModule)
     if not isinstance(norm, fx.Node) or len(relu.users) != 1 or len(norm.users) != 1:
         return
     scaled = _module_of(norm, traced)
-    if isinstance(scaled, ScaleAndShift) and _bounds(relu, traced) == [0.0, math.inf]:
+    if isinstance(scaled, ScaleAndShift) and _bounds(relu, traced) == _RELU:
         module.scale, module.shift = scaled.scale.flatten(), scaled.shift.flatten()
         node.args = (norm.args[0], *node.args[1:])
         traced.graph.erase_node(relu)

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from igstore.engine import winograd
+from igstore.engine import convolutions
 
 _aten = torch.ops.aten
-_winograd = torch.ops.igstore.winograd
+_convolve = torch.ops.igstore.convolve
 _MATRIX_OPERATIONS = (
     _aten.convolution,
     _aten.convolution_backward,
@@ -28,7 +28,7 @@ _MATRIX_OPERATIONS = (
     _aten.addmm,
     _aten.bmm,
     _aten.baddbmm,
-    _winograd,
+    _convolve,
 )
 
 
@@ -82,8 +82,8 @@ def count_work(network: nn.Module, shape: Sequence[int], *, batch_size: int, ite
 
     evaluate()  # what is made once does not count
     counted = []
-    numbers_of = dict.fromkeys(_MATRIX_OPERATIONS, _numbers) | {_winograd: _winograd_numbers}
-    for mapping in ({_winograd: _winograd_flops}, numbers_of):
+    numbers_of = dict.fromkeys(_MATRIX_OPERATIONS, _numbers) | {_convolve: _convolve_numbers}
+    for mapping in ({_convolve: _convolve_flops}, numbers_of):
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             evaluate()
         by_operation = counter.get_flop_counts()["Global"]
@@ -105,13 +105,15 @@ def _numbers(*operands: Any, out_shape: Any, **_: Any) -> int:
     return sum(map(prod, shapes))
 
 
-def _winograd_flops(*operands: Any, out_shape: torch.Size, **_: Any) -> int:
+def _convolve_flops(*operands: Any, out_shape: Any, **_: Any) -> int:
     """Of the products alone: a multiplication and an addition each."""
-    x, _filters, _bias, out_channels, taps, _padding = operands
-    return int(2 * x[0] * x[1] * out_channels * winograd.n_products(out_shape[2:], taps))
+    x, _filters, out_channels, taps, _padding = operands
+    outputs, _gated = out_shape
+    return int(2 * x[0] * x[1] * out_channels * convolutions.n_products(outputs[2:], taps))
 
 
-def _winograd_numbers(*operands: Any, out_shape: torch.Size, **_: Any) -> int:
+def _convolve_numbers(*operands: Any, out_shape: Any, **_: Any) -> int:
     """Transformed filters could be made of the fewer numbers that they stand for."""
-    x, _filters, _bias, out_channels, taps, _padding = operands
-    return int(prod(x) + prod(out_shape) + prod(taps) * x[1] * out_channels)
+    x, _filters, out_channels, taps, _padding = operands
+    outputs, _gated = out_shape
+    return int(prod(x) + prod(outputs) + prod(taps) * x[1] * out_channels)

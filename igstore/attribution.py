@@ -302,6 +302,8 @@ def _add_gradients(
     image = torch.tensor(images, device=device).repeat_interleave(m)
     alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
     weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
+    count = -(-len(image) // batch_size)
+    batch_size = -(-len(image) // count)  # as many batches, of one size: a small one takes longer an item
     for begin in range(0, len(image), batch_size):
         end = min(begin + batch_size, len(image))
         # the batch's part of every image that it has steps of

@@ -296,3 +296,17 @@ def test_the_gpu_agrees_with_the_cpu():
     cpu = integrated_gradients(network, x, b, TARGETS, n_steps=20).maps
     gpu = integrated_gradients(network.cuda(), x.cuda(), b.cuda(), TARGETS.cuda(), n_steps=20).maps.cpu()
     assert (cpu - gpu).norm() / cpu.norm() < 1e-5  # float32 rounding; tf32 would be near 3e-4
+
+
+def test_batches_are_of_one_size():
+    """A small one at the end would take longer an item."""
+    seen = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.flatten(1)[:, :2] ** 2
+
+    x = torch.rand(2, 1, 2, 2)
+    integrated_gradients(Counting(), x, torch.zeros_like(x), torch.tensor([0, 1]), n_steps=9, batch_size=8)
+    assert seen == [1, 6, 6, 6]  # the baseline, and eighteen pairs

@@ -251,3 +251,15 @@ def test_torchvision_networks(name):
     assert float((outputs - expected).detach().norm() / expected.detach().norm()) < 1e-4
     # where rounding moves a unit across 0 its gradient comes or goes: float32 alone does that, too
     assert float((gradient - wanted).norm() / wanted.norm()) < 5e-2
+
+
+def test_half_precision_has_convolutions_of_torch():
+    """Ours are float32's; under autocast torch's own would get what they give, and give what they get, in float16."""
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 64, 3))
+    x = torch.randn(2, 3, 12, 12, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        fast = accelerate(network, torch.zeros(1, 3, 12, 12))
+        outputs = fast(x)
+    assert outputs.dtype == torch.float16
+    assert not any(isinstance(module, Convolution) for module in fast.modules())
+    assert torch.autograd.grad(outputs.sum(), x)[0].isfinite().all()

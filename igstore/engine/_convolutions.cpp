@@ -35,9 +35,9 @@ using Size = std::ptrdiff_t;
 constexpr Size TILE = 4;                   // outputs of a tile along an axis that filters have taps along
 constexpr Size SHARED_CACHE = 16 << 20;    // bytes of filters that stay in the cache that threads share
 constexpr Size FEWEST_TILES = 14;          // below this, reading filters takes longer than multiplying by them
-constexpr Size ROWS_OF_PRODUCT = 224;       // that go through a matrix product together
-constexpr Size ROWS_TOGETHER = 28;
-constexpr Size LINE = 16;  // floats
+constexpr Size MOST_PIXELS = 224;          // the same of filters with one tap,
+constexpr Size PIXELS_TOGETHER = 28;       // of which so many are multiplied while the next ones are fetched
+constexpr Size LINE = 16;                  // floats of a cache line
 constexpr Size MOST_TILES = 256;           // for filters that are read from memory for each block of tiles
 constexpr Size FEWEST_CHANNELS = 64;       // below this, transforming inputs does
 constexpr Size APART = 16;                 // floats between planes: a power of two would have them share cache lines
@@ -436,9 +436,9 @@ INLINE void convolve_pixels(const Convolution &c, Range pixels, Range to_channel
     using V = typename Vector<LANES>::Type;
     constexpr Size GROUP = 2 * LANES;
     const Size stride = c.channels + APART;
-    float *rows = scratch.of(ROWS_TOGETHER * stride);
-    for (Size first = pixels.first; first < pixels.last; first += ROWS_TOGETHER) {
-        const Size count = std::min(ROWS_TOGETHER, pixels.last - first);
+    float *rows = scratch.of(PIXELS_TOGETHER * stride);
+    for (Size first = pixels.first; first < pixels.last; first += PIXELS_TOGETHER) {
+        const Size count = std::min(PIXELS_TOGETHER, pixels.last - first);
         for (Size row = 0; row < count; row++) {
             const Size offset = (first + row) * c.channels;
             for (Size channel = 0; channel < c.channels; channel += LANES) {
@@ -453,7 +453,7 @@ INLINE void convolve_pixels(const Convolution &c, Range pixels, Range to_channel
             }
         }
         // the rows that come next are fetched meanwhile, a share of them for each group
-        const Size end = std::min(first + count + ROWS_TOGETHER, pixels.last) * c.channels;
+        const Size end = std::min(first + count + PIXELS_TOGETHER, pixels.last) * c.channels;
         const Size groups = (to_channels.count() + GROUP - 1) / GROUP;
         Size next = (first + count) * c.channels;
         const Size share = (std::max<Size>(0, end - next) / LINE + groups - 1) / groups;
@@ -519,7 +519,7 @@ Processor processor() { return {0, nullptr}; }
 // and as many as busy all threads: where tiles are few, threads share them and divide the output channels.
 void divide(Convolution &c, Size group, Size threads) {
     const Size bytes = sizeof(float) * c.products * c.channels * c.out_channels;
-    const Size few = c.products > 1 ? FEWEST_TILES : ROWS_OF_PRODUCT;
+    const Size few = c.products > 1 ? FEWEST_TILES : MOST_PIXELS;
     const Size fitting = bytes <= SHARED_CACHE ? few : MOST_TILES;
     Size blocks = round_up((c.tiles + fitting - 1) / fitting, threads);
     blocks = std::max<Size>(1, std::min(blocks, c.tiles / FEWEST_TILES));

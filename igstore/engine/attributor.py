@@ -30,8 +30,8 @@ Arrays = dict[str, NDArray[Any]]
 
 logger = logging.getLogger(__name__)
 
-# Batches beyond these gain nothing: a CPU is busy with 16 pairs and has caches to lose, a large GPU is with 256.
-_LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+# Batches beyond these gain nothing: a CPU is busy with 32 pairs, a large GPU is with 256.
+_LARGEST_BATCH = {"cpu": 32, "cuda": 256}
 
 _REASON = np.dtype("<U200")  # a fixed width, so that units concatenate; longer reasons are cut
 

@@ -24,7 +24,6 @@ from igstore.engine.attributor import Attributor
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import Hoisted, hoist_stem
 from igstore.errors import UserError
-from igstore.freed_memory import freed_memory_kept
 from igstore.models import Classifier, load_classifier
 from igstore.normalisation import normalise
 from igstore.schema import BuildSpec, Precision
@@ -58,6 +57,8 @@ def compare(
 ) -> dict[str, Any]:
     """Time everyone, compare the maps with float32 captum's, and relate the speed to the floor.
 
+    Every turn begins with one image that is not timed.
+
     Parameters
     ----------
     classifier, pixels, n_steps, device
@@ -71,27 +72,33 @@ def compare(
     """
     network = peers.network_as_it_comes(classifier, device)
     run_captum = functools.partial(
-        peers.captum, network, pixels, classifier.preprocessing, n_steps=n_steps, device=device
+        peers.captum, network, preprocessing=classifier.preprocessing, n_steps=n_steps, device=device
     )
     fitting = _pairs_that_fit(classifier, network, device)
     captum_batch = best_captum_batch(classifier, network, pixels, n_steps=n_steps, device=device, fitting=fitting)
     attributor = Attributor(classifier, _spec(classifier, n_steps, precision), device=device, batch_size=batch_size)
-    contenders: dict[str, Callable[[], Maps]] = {
-        "igstore": lambda: _maps(attributor, pixels),
-        "captum": lambda: run_captum(batch_size=captum_batch),
-        "captum_one_batch": lambda: run_captum(batch_size=n_steps),
-        "step_loop": lambda: peers.step_loop(network, pixels, classifier.preprocessing, n_steps=n_steps, device=device),
+    contenders: dict[str, Callable[[Pixels], Maps]] = {
+        "igstore": functools.partial(_maps, attributor),
+        "captum": functools.partial(run_captum, batch_size=captum_batch),
+        "captum_one_batch": functools.partial(run_captum, batch_size=n_steps),
+        "step_loop": lambda pixels: peers.step_loop(
+            network, pixels, classifier.preprocessing, n_steps=n_steps, device=device
+        ),
     }
     if n_steps > fitting:
         logger.warning("%d steps at once do not fit into memory: captum_one_batch is left out", n_steps)
         del contenders["captum_one_batch"]
     chosen = {name: run for name, run in contenders.items() if name in ("igstore", "captum", *others)}
-    # or each would have to get from the system again what memory the other gave back
-    with freed_memory_kept():
-        timed = rounds.take_turns(chosen, repeats=repeats, seconds=seconds)
+    timed = rounds.take_turns(
+        {name: functools.partial(run, pixels) for name, run in chosen.items()},
+        repeats=repeats,
+        seconds=seconds,
+        # or each would be charged for memory that another one's turn gave back to the system
+        before=lambda name: chosen[name](pixels[:1]),
+    )
     with numerics("float32", device):
         # on a CPU captum as it comes is float32 already
-        reference = timed.results["captum"][0] if device.type == "cpu" else run_captum(batch_size=captum_batch)
+        reference = timed.results["captum"][0] if device.type == "cpu" else run_captum(pixels, batch_size=captum_batch)
         differences = _output_differences(network, pixels, classifier)
     evaluations = len(pixels) * n_steps
     floor = _floor(classifier, device, precision, attributor.batch_size)

@@ -75,6 +75,7 @@ def measure(data: Data, *, workers: Sequence[int], repeats: int, seconds: float)
     settings = list(itertools.product(groups, ("sequential", "random"), workers, _CACHES))
     rates = {name: _rate(batches, data) for group in groups.values() for name, batches in group.items()}
     n_images = len(data.images)
+    paths = [data.store, data.copies, data.folder]
     rows = []
     for reads, kind, n_workers, cache in settings:
         is_plain = kind == "sequential" and n_workers == 0
@@ -90,15 +91,11 @@ def measure(data: Data, *, workers: Sequence[int], repeats: int, seconds: float)
             },
             repeats=repeats,
             seconds=seconds / len(settings),
-            before=partial(drop_from_cache, [data.store, data.copies, data.folder]) if cache == "cold" else _nothing,
+            before=(lambda _: drop_from_cache(paths)) if cache == "cold" else (lambda _: None),
         )
         setting = {"reads": reads, "order": kind, "workers": n_workers, "cache": cache, "rounds": timed.count}
         rows.append({**setting, "items": items, "items_per_s": {n: items[n] / timed.median(n) for n in names}})
     return rows
-
-
-def _nothing() -> None:
-    pass
 
 
 def _run_seconds(workers: int) -> float:

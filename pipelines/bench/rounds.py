@@ -47,7 +47,7 @@ def take_turns(
     *,
     repeats: int,
     seconds: float,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[str], object] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
     """Time contenders by turns, after each has warmed up once.
@@ -61,20 +61,20 @@ def take_turns(
     seconds
         No further round begins that would end after so many seconds, warming up apart; the first one always runs.
     before
-        Called before every run, and not timed.
+        Called with its name before every run, and not timed.
     clock
         Seconds since some moment.
     """
     results: dict[str, list[Any]] = {}
     for name, run in contenders.items():
-        before()
+        before(name)
         results[name] = [run()]
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     began = clock()
     for _ in range(repeats):
         round_began = clock()
         for name, run in contenders.items():
-            before()
+            before(name)
             started = clock()
             results[name].append(run())
             taken[name].append(clock() - started)

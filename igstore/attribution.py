@@ -190,8 +190,8 @@ def integrated_gradients(
         How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision
         ``float32`` (tf32 off), ``tf32`` (CUDA only), ``float16`` (autocast, scaled gradients; sums stay float32), or
-        ``bfloat16_backward`` (CPU only: float32 forwards, bfloat16 backwards; faster where the processor has such
-        instructions).
+        ``bfloat16_backward`` (CPU only: float32 forwards, bfloat16 backwards; faster than float32 where the processor
+        has such instructions and igstore's kernel is not compiled).
     batch_size
         (image, step) pairs per gradient evaluation.
     max_error, max_steps

@@ -193,7 +193,7 @@ def integrated_gradients(
         ``bfloat16_backward`` (CPU only: float32 forwards, bfloat16 backwards; faster than float32 where the processor
         has such instructions and igstore's kernel is not compiled).
     batch_size
-        (image, step) pairs per gradient evaluation.
+        (image, step) pairs per gradient evaluation, at most.
     max_error, max_steps
         Both or neither, and only for ``riemann_right``: double the m of an image while its completeness error exceeds
         `max_error` and 2m is at most `max_steps`. Only the new points are evaluated, and the result is that of the

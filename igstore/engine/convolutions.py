@@ -366,7 +366,7 @@ def use_convolutions(network: nn.Module, image: Tensor) -> None:
     """
     if not _COMPILED:
         logger.warning(
-            "convolutions take up to twice the time they need: igstore was installed without a C++ compiler; "
+            "gradients take up to 2.6 times as long as they need: igstore was installed without a C++ compiler; "
             "install it again where there is one (g++ or clang++)"
         )
     if not available():

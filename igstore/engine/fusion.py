@@ -24,14 +24,15 @@ _RELUS = (functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "r
 _RELU = (0.0, math.inf)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 # What else may read a tensor that a convolution passes on: functions that leave it as it is.
-_READERS = (nn.MaxPool2d, nn.AvgPool2d, functional.max_pool2d, functional.avg_pool2d, torch.cat, *_SUMS)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, functional.max_pool2d, functional.avg_pool2d)
+_READERS = (*_POOLS, torch.cat, operator.add, torch.add, "add")
 
 
 def fuse(network: nn.Module, image: Tensor) -> nn.Module:
     """`network` as a graph in which its `Convolution`s do what is done to their inputs and outputs.
 
     Its modules are shared, and changed: `network` itself is of no use afterwards, unless it is what is returned, which
-    it is where there is nothing to gain, or what it does depends on more than its input's shape.
+    it is where there is nothing to gain, or its graph cannot be had.
 
     Parameters
     ----------

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from igstore.engine.backward import Bfloat16Backward
+from igstore.engine.line_integral import OnLines
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
@@ -225,6 +226,9 @@ def integrated_gradients(
     body = network
     if isinstance(network, Hoisted) and n_steps >= FEWEST_STEPS:
         stem, body = network.stem, network.body
+    lines = network if precision == "mixed" and isinstance(network, OnLines) else None
+    if isinstance(network, OnLines):
+        stem, body = network.stem, network.body
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
@@ -235,7 +239,15 @@ def integrated_gradients(
             difference = stem(inputs) - first  # the path, where the body sees it
         sums = torch.zeros_like(difference)  # weighted sums of gradients
 
+        def select(scores: Tensor, some: Tensor) -> Tensor:
+            return select_output(scores, some, output)
+
         def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
+            if lines is not None:
+                lines.add_gradients(
+                    sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size
+                )
+                return
             with backward:
                 _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
 

@@ -23,7 +23,7 @@ Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
 Reduce = Literal["sum", "positive", "absolute", "none"]
-Precision = Literal["float32", "tf32", "float16", "bfloat16_backward"]
+Precision = Literal["float32", "mixed", "tf32", "float16", "bfloat16_backward"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 Score = Literal["positive", "absolute", "signed"]

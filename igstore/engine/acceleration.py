@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3
 _GRADIENT_TOLERANCE = 0.1
 
 
-def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
+def accelerate(network: nn.Module, probe: Tensor, *, own_convolutions: bool = True) -> nn.Module:
     """A copy of `network` on the probe's device, in evaluation mode, for gradients with respect to its input.
 
     Parameters are frozen, batch norms that follow a convolution are folded into it, and convolutions run channels last.
@@ -39,6 +39,8 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
         Left as it is.
     probe
         One image (1, channel, y, x) of the right size, on the device to use.
+    own_convolutions
+        Whether convolutions on a CPU may be igstore's own.
 
     Raises
     ------
@@ -56,10 +58,10 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     folded = copy.deepcopy(plain)
     fold_batch_norm(folded, image)
     keep_results(folded)
+    simplify_batch_norm(folded)
     if probe.device.type == "cpu":
-        simplify_batch_norm(folded)
         fold_uneven_padding(folded, image)
-        if not torch.is_autocast_enabled("cpu"):
+        if own_convolutions and not torch.is_autocast_enabled("cpu"):
             use_convolutions(folded, image)
             folded = fuse(folded, image)
     difference = _difference(_outputs(folded, image), expected)

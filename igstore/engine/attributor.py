@@ -16,6 +16,7 @@ from igstore.attribution import Attributions, integrated_gradients, logits, nume
 from igstore.engine.acceleration import accelerate
 from igstore.engine.baselines import baseline_pixels
 from igstore.engine.memory import available_memory, gradient_bytes
+from igstore.engine.line_tracing import on_lines
 from igstore.engine.stem import hoist_stem
 from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
@@ -77,7 +78,10 @@ class Attributor:
         height, width = spec.preprocessing.crop
         with self._failures(), numerics(spec.precision, device):
             probe = torch.zeros(1, 3, height, width, device=device)
-            self.network = hoist_stem(accelerate(classifier.network, probe), probe)
+            mixed = spec.precision == "mixed"
+            self.network = hoist_stem(accelerate(classifier.network, probe, own_convolutions=not mixed), probe)
+            if mixed:
+                self.network = on_lines(self.network, self._pictures()) or self.network
             self.n_classes = logits(self.network, probe, 1).shape[1]
             if self._may_shrink:
                 self.batch_size = _fitting_batch(self.network, probe)
@@ -251,6 +255,15 @@ class Attributor:
             max_error=spec.max_error,
             max_steps=spec.max_steps,
         )
+
+    def _pictures(self) -> torch.Tensor:
+        """A few pictures, normalised (image, 3, y, x), that are neither noise nor flat."""
+        height, width = self.spec.preprocessing.crop
+        generator = np.random.default_rng(0)
+        coarse = generator.integers(0, 256, (4, 3, 8, 8)).astype(np.float32)
+        smooth = torch.nn.functional.interpolate(torch.from_numpy(coarse), (height, width), mode="bicubic")
+        grain = torch.from_numpy(generator.normal(0, 8, (4, 3, height, width)).astype(np.float32))
+        return self._normalise((smooth + grain).clamp(0, 255).numpy())
 
     def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
         on_device = torch.as_tensor(np.ascontiguousarray(pixels), device=self.device)

@@ -1,0 +1,537 @@
+"""Triton kernels for points of a straight line: convolutions with what surrounds them, as matrix products in float16.
+
+Tensors are (point, y, x, channel), dense but for the last dimension, of which they may be a part: ``row`` is how many
+numbers apart two pixels are. No tensor has 2**31 numbers. What the kernels compute is written down in torch in `igstore.engine.line_convolution`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What a launch of `convolve` computes.
+REFERENCE = tl.constexpr(0)  # outputs of references, float32-accurate: three products of float16 pairs
+DIFFERENCE = tl.constexpr(1)  # outputs of the points between, from references' and one product of differences
+BACKWARD = tl.constexpr(2)  # gradients at inputs
+
+
+@triton.jit
+def _clamp(values, low, high, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        values = tl.minimum(tl.maximum(values, low), high)
+    return values
+
+
+# What changes from layer to layer without changing how addresses align.
+_SIZES = "M chunks in_height in_width height width out_height out_width pad_y pad_x first_y first_x".split()
+
+
+@triton.jit
+def _halves(values):
+    """The two halves of the columns of (rows, columns)."""
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    return tl.split(tl.permute(tl.reshape(values, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    sums, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+    out_row, out_low, active_row, addend_row, addend_low, low, high,
+    MODE: tl.constexpr, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """What becomes of some columns of sums of products; they are written to memory."""
+    keep = inside[:, None] & (n < N)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
+    if HAS_ADDEND:
+        addend_at = addend + (out_pixel * addend_row)[:, None] + n[None, :]
+        sums += tl.load(addend_at, mask=keep, other=0.0).to(tl.float32)
+        if MODE == REFERENCE:
+            sums += tl.load(addend_at + addend_low, mask=keep, other=0.0).to(tl.float32)
+    out_at = out + (out_pixel * out_row)[:, None] + n[None, :]
+    active_at = active + (out_pixel * active_row)[:, None] + n[None, :]
+    if MODE == BACKWARD:
+        if HAS_ACTIVE:
+            sums = tl.where(tl.load(active_at, mask=keep, other=0) != 0, sums, 0.0)
+        tl.store(out_at, sums.to(tl.float16), mask=keep)
+    elif MODE == REFERENCE:
+        if HAS_Z:
+            tl.store(z + (out_pixel * N)[:, None] + n[None, :], sums, mask=keep)
+        if HAS_ACTIVE:
+            tl.store(active_at, ((sums > low) & (sums < high)).to(tl.uint8), mask=keep)
+        sums = _clamp(sums, low, high, BOUNDED)
+        halves = sums.to(tl.float16)
+        tl.store(out_at, halves, mask=keep)
+        tl.store(out_at + out_low, (sums - halves.to(tl.float32)).to(tl.float16), mask=keep)
+    else:
+        z_first = tl.load(z + (ref_first * N)[:, None] + n[None, :], mask=keep, other=0.0)
+        z_last = tl.load(z + (ref_last * N)[:, None] + n[None, :], mask=keep, other=0.0)
+        line = z_first + t[:, None] * (z_last - z_first)
+        sums += line
+        if HAS_ACTIVE:
+            tl.store(active_at, ((sums > low) & (sums < high)).to(tl.uint8), mask=keep)
+        if BOUNDED:
+            z_first = _clamp(z_first, low, high, True)
+            z_last = _clamp(z_last, low, high, True)
+            line = z_first + t[:, None] * (z_last - z_first)
+        tl.store(out_at, (_clamp(sums, low, high, BOUNDED) - line).to(tl.float16), mask=keep)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def convolve(
+    x,
+    weight,
+    out,
+    z,  # pre-activation outputs of references, float32, dense: written by REFERENCE, read by DIFFERENCE
+    active,  # uint8, as out: where gradients pass; written forwards, read backwards
+    bias,
+    addend,
+    before,  # of a difference, the references that it lies between, and where
+    after,
+    between,
+    M,  # outputs: points times pixels
+    N,  # output channels
+    C,  # input channels
+    chunks,  # of BK input channels
+    KT,  # numbers in a row of weights
+    in_height,
+    in_width,
+    height,  # of the outputs computed here
+    width,
+    out_height,  # of the outputs in memory
+    out_width,
+    pad_y,
+    pad_x,
+    first_y,
+    first_x,
+    x_row,
+    x_low,  # distance of the low halves from the high ones
+    out_row,
+    out_low,
+    active_row,
+    addend_row,
+    addend_low,
+    scale,  # of the sums
+    low,
+    high,
+    MODE: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    IN_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    PADDED: tl.constexpr,
+    PARTS: tl.constexpr,  # 3 of pairs, 1 of single halves
+    BOUNDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    WHOLE_CHUNKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FINISHES: tl.constexpr,  # 1, 2 or 4: in how many turns outputs are finished, for want of registers
+):
+    """Outputs of a convolution as a product of a matrix of pixels and one of weights."""
+    columns = tl.cdiv(N, BN)
+    program = tl.program_id(0)
+    m = (program // columns) * BM + tl.arange(0, BM)
+    n0 = (program % columns) * BN
+    n = n0 + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    inside = m < M
+    pixels = height * width
+    point = m // pixels
+    pixel = m % pixels
+    oy = pixel // width
+    ox = pixel % width
+    iy0 = oy * IN_STRIDE - pad_y
+    ix0 = ox * IN_STRIDE - pad_x
+    x_at = x + (point * in_height * in_width) * x_row
+    weight_at = weight + n * KT
+
+    sums = tl.zeros((BM, BN), tl.float32)
+    for step in range(0, TAPS * PARTS * chunks):
+        chunk = step % chunks
+        rest = step // chunks
+        tap = rest // PARTS
+        c = chunk * BK + k
+        iy = iy0 + tap // TAPS_X
+        ix = ix0 + tap % TAPS_X
+        ok = inside
+        if PADDED:
+            ok = ok & (iy >= 0) & (iy < in_height) & (ix >= 0) & (ix < in_width)
+        at = x_at + (iy * in_width + ix) * x_row
+        if PARTS == 3:
+            at += tl.where(rest % 3 == 1, x_low, 0)
+        if WHOLE_CHUNKS:
+            a = tl.load(at[:, None] + c[None, :], mask=ok[:, None], other=0.0)
+        else:
+            a = tl.load(at[:, None] + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
+        b = tl.load(weight_at[None, :] + (step * BK + k)[:, None])
+        sums = tl.dot(a, b, sums)
+
+    sums = sums * scale
+    # where the outputs are in memory
+    out_pixel = (point * out_height + oy * OUT_STRIDE + first_y) * out_width + ox * OUT_STRIDE + first_x
+    ref_first = out_pixel
+    ref_last = out_pixel
+    t = tl.zeros((BM,), tl.float32)
+    if MODE == DIFFERENCE:
+        t = tl.load(between + point, mask=inside, other=0.0)
+        ref_first = tl.load(before + point, mask=inside, other=0) * pixels + pixel
+        ref_last = tl.load(after + point, mask=inside, other=0) * pixels + pixel
+    if FINISHES == 1:
+        _finish(
+            sums, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+    elif FINISHES == 2:
+        one, other = _halves(sums)
+        n = n0 + tl.arange(0, BN // 2)
+        _finish(
+            one, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+        _finish(
+            other, n + BN // 2, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+    else:
+        one, other = _halves(sums)
+        n = n0 + tl.arange(0, BN // 4)
+        first, second = _halves(one)
+        _finish(
+            first, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+        _finish(
+            second, n + BN // 4, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+        first, second = _halves(other)
+        _finish(
+            first, n + BN // 2, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+        _finish(
+            second, n + 3 * (BN // 4), N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            out_row, out_low, active_row, addend_row, addend_low, low, high,
+            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        )  # fmt: skip
+
+
+# Kernels for elements: a program has some rows, which are pixels of points, and some channels of them.
+_ROWS = "total pixels height width out_height out_width references".split()
+
+
+@triton.jit
+def _around(before, after, between, point, references, inside):
+    """Of points, whether they are references, their places among the differences, and the references around them.
+
+    A reference has itself on both sides.
+    """
+    is_reference = point < references
+    order = tl.where(is_reference, 0, point - references)
+    others = inside & (point >= references)
+    first = tl.where(is_reference, point, tl.load(before + order, mask=others, other=0))
+    last = tl.where(is_reference, point, tl.load(after + order, mask=others, other=0))
+    return is_reference, order, first, last, tl.load(between + order, mask=others, other=0.0)
+
+
+@triton.jit
+def _pair(pair, pixel, pair_row, pair_low, c, ok):
+    """Pairs (row, channel) at a pixel of each row."""
+    at = pair + (pixel * pair_row)[:, None] + c[None, :]
+    high = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    return high + tl.load(at + pair_low, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_value(values, line, out_pair, out_difference, pixel_of_reference, pixel_of_difference, is_reference, c, C, ok):
+    """Write values (row, channel): references as pairs, others as differences from the line between references."""
+    halves = values.to(tl.float16)
+    at = out_pair + (pixel_of_reference * 2 * C)[:, None] + c[None, :]
+    references = ok & is_reference[:, None]
+    tl.store(at, halves, mask=references)
+    tl.store(at + C, (values - halves.to(tl.float32)).to(tl.float16), mask=references)
+    at = out_difference + (pixel_of_difference * C)[:, None] + c[None, :]
+    tl.store(at, (values - line).to(tl.float16), mask=ok & (is_reference == 0)[:, None])
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def represent(
+    x, pair, difference, before, after, between, references, total, pixels, C, scale,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Float32 values (point, y, x, channel), references first, times a scale, as pairs and differences; all dense."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = row < total
+    ok = inside[:, None] & (c < C)[None, :]
+    point = row // pixels
+    pixel = row % pixels
+    is_reference, order, first, last, t = _around(before, after, between, point, references, inside)
+    values = tl.load(x + (row * C)[:, None] + c[None, :], mask=ok, other=0.0) * scale
+    others = ok & (is_reference == 0)[:, None]
+    z_first = tl.load(x + ((first * pixels + pixel) * C)[:, None] + c[None, :], mask=others, other=0.0) * scale
+    z_last = tl.load(x + ((last * pixels + pixel) * C)[:, None] + c[None, :], mask=others, other=0.0) * scale
+    line = z_first + t[:, None] * (z_last - z_first)
+    _store_value(values, line, pair, difference, row, order * pixels + pixel, is_reference, c, C, ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def materialise(
+    pair, difference, out, before, after, between, references, total, pixels, C, pair_row, pair_low, difference_row, scale,
+    HAS_DIFFERENCE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Pairs and differences as float32 values (point, y, x, channel), references first, times a scale."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = row < total
+    ok = inside[:, None] & (c < C)[None, :]
+    point = row // pixels
+    pixel = row % pixels
+    is_reference, order, first, last, t = _around(before, after, between, point, references, inside)
+    z_first = _pair(pair, first * pixels + pixel, pair_row, pair_low, c, ok)
+    z_last = _pair(pair, last * pixels + pixel, pair_row, pair_low, c, ok)
+    values = z_first + t[:, None] * (z_last - z_first)
+    if HAS_DIFFERENCE:
+        at = difference + ((order * pixels + pixel) * difference_row)[:, None] + c[None, :]
+        values += tl.load(at, mask=ok & (is_reference == 0)[:, None], other=0.0).to(tl.float32)
+    tl.store(out + (row * C)[:, None] + c[None, :], values * scale, mask=ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def affine(
+    pair, difference, out_pair, out_difference, active, channel_scale, channel_shift, before, after, between,
+    references, total, pixels, C, pair_row, pair_low, difference_row, low, high,
+    HAS_DIFFERENCE: tl.constexpr, HAS_ACTIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``clamp(scale x + shift)`` of values, and where gradients pass; outputs are dense."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = row < total
+    ok = inside[:, None] & (c < C)[None, :]
+    point = row // pixels
+    pixel = row % pixels
+    is_reference, order, first, last, t = _around(before, after, between, point, references, inside)
+    s = tl.load(channel_scale + c, mask=c < C, other=0.0)[None, :]
+    shift = tl.load(channel_shift + c, mask=c < C, other=0.0)[None, :]
+    z_first = s * _pair(pair, first * pixels + pixel, pair_row, pair_low, c, ok) + shift
+    z_last = s * _pair(pair, last * pixels + pixel, pair_row, pair_low, c, ok) + shift
+    values = z_first + t[:, None] * (z_last - z_first)
+    if HAS_DIFFERENCE:
+        at = difference + ((order * pixels + pixel) * difference_row)[:, None] + c[None, :]
+        values += s * tl.load(at, mask=ok & (is_reference == 0)[:, None], other=0.0).to(tl.float32)
+    if HAS_ACTIVE:
+        tl.store(active + (row * C)[:, None] + c[None, :], ((values > low) & (values < high)).to(tl.uint8), mask=ok)
+    z_first = _clamp(z_first, low, high, True)
+    z_last = _clamp(z_last, low, high, True)
+    line = z_first + t[:, None] * (z_last - z_first)
+    values = _clamp(values, low, high, True)
+    _store_value(values, line, out_pair, out_difference, row, order * pixels + pixel, is_reference, c, C, ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def affine_backward(
+    gradient, channel_scale, addend, active, out, total, C, gradient_row, addend_row, active_row,
+    HAS_ADDEND: tl.constexpr, HAS_ACTIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``scale gradient + addend``, 0 where nothing passes; float16, outputs are dense."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    ok = (row < total)[:, None] & (c < C)[None, :]
+    values = tl.load(gradient + (row * gradient_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    values *= tl.load(channel_scale + c, mask=c < C, other=0.0)[None, :]
+    if HAS_ADDEND:
+        values += tl.load(addend + (row * addend_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_ACTIVE:
+        passes = tl.load(active + (row * active_row)[:, None] + c[None, :], mask=ok, other=0)
+        values = tl.where(passes != 0, values, 0.0)
+    tl.store(out + (row * C)[:, None] + c[None, :], values.to(tl.float16), mask=ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def max_pool(
+    pair, difference, out_pair, out_difference, where, active, before, after, between, references, total, height, width,
+    out_height, out_width, C, pair_row, pair_low, difference_row, low, high,
+    HAS_DIFFERENCE: tl.constexpr, HAS_ACTIVE: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The largest value of each window, clamped, and where in the window it is first, row by row; outputs are dense."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = row < total
+    ok = inside[:, None] & (c < C)[None, :]
+    out_pixels = out_height * out_width
+    point = row // out_pixels
+    out_pixel = row % out_pixels
+    is_reference, order, first, last, t = _around(before, after, between, point, references, inside)
+    y0 = (out_pixel // out_width) * STRIDE - PADDING
+    x0 = (out_pixel % out_width) * STRIDE - PADDING
+    pixels = height * width
+    largest = tl.full((BR, BC), float("-inf"), tl.float32)
+    largest_first = largest
+    largest_last = largest
+    found = tl.zeros((BR, BC), tl.int32)
+    for tap in range(0, WINDOW * WINDOW):
+        y = y0 + tap // WINDOW
+        x = x0 + tap % WINDOW
+        there = ok & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
+        pixel = y * width + x
+        z_first = _pair(pair, first * pixels + pixel, pair_row, pair_low, c, there)
+        z_last = _pair(pair, last * pixels + pixel, pair_row, pair_low, c, there)
+        values = z_first + t[:, None] * (z_last - z_first)
+        if HAS_DIFFERENCE:
+            at = difference + ((order * pixels + pixel) * difference_row)[:, None] + c[None, :]
+            values += tl.load(at, mask=there & (is_reference == 0)[:, None], other=0.0).to(tl.float32)
+        larger = there & (values > largest)
+        largest = tl.where(larger, values, largest)
+        found = tl.where(larger, tap, found)
+        largest_first = tl.where(there & (z_first > largest_first), z_first, largest_first)
+        largest_last = tl.where(there & (z_last > largest_last), z_last, largest_last)
+    tl.store(where + (row * C)[:, None] + c[None, :], found.to(tl.uint8), mask=ok)
+    if HAS_ACTIVE:
+        tl.store(active + (row * C)[:, None] + c[None, :], ((largest > low) & (largest < high)).to(tl.uint8), mask=ok)
+    largest_first = _clamp(largest_first, low, high, HAS_ACTIVE)
+    largest_last = _clamp(largest_last, low, high, HAS_ACTIVE)
+    line = largest_first + t[:, None] * (largest_last - largest_first)
+    values = _clamp(largest, low, high, HAS_ACTIVE)
+    _store_value(values, line, out_pair, out_difference, row, order * out_pixels + out_pixel, is_reference, c, C, ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def max_pool_backward(
+    gradient, where, active, addend, out, total, height, width, out_height, out_width, C,
+    gradient_row, addend_row, active_row,
+    HAS_ACTIVE: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Gradients at what windows found largest there, and an addend; 0 where nothing passes; outputs are dense."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    ok = (row < total)[:, None] & (c < C)[None, :]
+    pixel = row % (height * width)
+    point = row // (height * width)
+    y = pixel // width + PADDING
+    x = pixel % width + PADDING
+    result = tl.zeros((BR, BC), tl.float32)
+    EACH: tl.constexpr = (WINDOW + STRIDE - 1) // STRIDE  # windows along an axis that may hold a pixel
+    for which in tl.static_range(0, EACH * EACH):
+        out_y = y // STRIDE - which // EACH
+        out_x = x // STRIDE - which % EACH
+        tap_y = y - out_y * STRIDE
+        tap_x = x - out_x * STRIDE
+        there = (out_y >= 0) & (out_y < out_height) & (out_x >= 0) & (out_x < out_width)
+        there = there & (tap_y < WINDOW) & (tap_x < WINDOW)
+        source = (point * out_height + out_y) * out_width + out_x
+        mask = ok & there[:, None]
+        found = tl.load(where + (source * C)[:, None] + c[None, :], mask=mask, other=255).to(tl.int32)
+        mask = mask & (found == (tap_y * WINDOW + tap_x)[:, None])
+        result += tl.load(gradient + (source * gradient_row)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_ADDEND:
+        result += tl.load(addend + (row * addend_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_ACTIVE:
+        passes = tl.load(active + (row * active_row)[:, None] + c[None, :], mask=ok, other=0)
+        result = tl.where(passes != 0, result, 0.0)
+    tl.store(out + (row * C)[:, None] + c[None, :], result.to(tl.float16), mask=ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def mean_pool(
+    x, out, total, height, width, out_height, out_width, C, x_row, x_low, out_row, out_low,
+    PAIRS: tl.constexpr, WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The mean of each window, zeros around images counting, of pairs or of single halves."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    ok = (row < total)[:, None] & (c < C)[None, :]
+    out_pixel = row % (out_height * out_width)
+    point = row // (out_height * out_width)
+    y0 = (out_pixel // out_width) * STRIDE - PADDING
+    x0 = (out_pixel % out_width) * STRIDE - PADDING
+    sums = tl.zeros((BR, BC), tl.float32)
+    for tap in range(0, WINDOW * WINDOW):
+        y = y0 + tap // WINDOW
+        x_ = x0 + tap % WINDOW
+        there = ok & ((y >= 0) & (y < height) & (x_ >= 0) & (x_ < width))[:, None]
+        at = x + (((point * height + y) * width + x_) * x_row)[:, None] + c[None, :]
+        sums += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        if PAIRS:
+            sums += tl.load(at + x_low, mask=there, other=0.0).to(tl.float32)
+    sums *= 1.0 / (WINDOW * WINDOW)
+    halves = sums.to(tl.float16)
+    at = out + (row * out_row)[:, None] + c[None, :]
+    tl.store(at, halves, mask=ok)
+    if PAIRS:
+        tl.store(at + out_low, (sums - halves.to(tl.float32)).to(tl.float16), mask=ok)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def mean_pool_backward(
+    gradient, active, addend, out, total, height, width, out_height, out_width, C,
+    gradient_row, addend_row, active_row,
+    HAS_ACTIVE: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The mean's gradients and an addend; 0 where nothing passes; outputs are dense."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    ok = (row < total)[:, None] & (c < C)[None, :]
+    pixel = row % (height * width)
+    point = row // (height * width)
+    y = pixel // width + PADDING
+    x = pixel % width + PADDING
+    result = tl.zeros((BR, BC), tl.float32)
+    EACH: tl.constexpr = (WINDOW + STRIDE - 1) // STRIDE
+    for which in range(0, EACH * EACH):
+        out_y = y // STRIDE - which // EACH
+        out_x = x // STRIDE - which % EACH
+        there = (out_y >= 0) & (out_y < out_height) & (out_x >= 0) & (out_x < out_width)
+        there = there & (y - out_y * STRIDE < WINDOW) & (x - out_x * STRIDE < WINDOW)
+        source = (point * out_height + out_y) * out_width + out_x
+        at = gradient + (source * gradient_row)[:, None] + c[None, :]
+        result += tl.load(at, mask=ok & there[:, None], other=0.0).to(tl.float32)
+    result *= 1.0 / (WINDOW * WINDOW)
+    if HAS_ADDEND:
+        result += tl.load(addend + (row * addend_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_ACTIVE:
+        passes = tl.load(active + (row * active_row)[:, None] + c[None, :], mask=ok, other=0)
+        result = tl.where(passes != 0, result, 0.0)
+    tl.store(out + (row * C)[:, None] + c[None, :], result.to(tl.float16), mask=ok)
+
+
+@triton.jit
+def interpolate(start, difference, image, alpha, out, size, BLOCK: tl.constexpr):
+    """``start[image] + alpha difference[image]`` of each point, float32."""
+    point = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    source = tl.load(image + point).to(tl.int64) * size + at
+    first = tl.load(start + source, mask=inside, other=0.0)
+    step = tl.load(difference + source, mask=inside, other=0.0)
+    tl.store(out + point.to(tl.int64) * size + at, first + tl.load(alpha + point) * step, mask=inside)
+
+
+@triton.jit
+def weighted_sum(gradient, order, begin, weight, sums, size, BLOCK: tl.constexpr):
+    """``sums[image] += sum of weight[j] gradient[order[j]]`` over the image's j, from begin[image] to begin[image + 1]."""
+    image = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in range(tl.load(begin + image), tl.load(begin + image + 1)):
+        values = tl.load(gradient + tl.load(order + j).to(tl.int64) * size + at, mask=inside, other=0.0)
+        total += tl.load(weight + j) * values.to(tl.float32)
+    sums_at = sums + image.to(tl.int64) * size + at
+    tl.store(sums_at, tl.load(sums_at, mask=inside, other=0.0) + total, mask=inside)

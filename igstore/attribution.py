@@ -228,7 +228,7 @@ def integrated_gradients(
         stem, body = network.stem, network.body
     lines = network if precision == "mixed" and isinstance(network, OnLines) else None
     if isinstance(network, OnLines):
-        stem, body = network.stem, network.body
+        body = network.network
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):

@@ -37,12 +37,15 @@ class Batch:
     before, after, between
         Of each point that is no reference the references around it, int32, and how far it is from the first to the
         second, float32 in [0, 1].
+    begin
+        Of each interval between two references that has points, the first of these, int32; and how many there are.
     """
 
     order: Tensor
     before: Tensor
     after: Tensor
     between: Tensor
+    begin: Tensor
 
     @property
     def n_differences(self) -> int:
@@ -86,41 +89,82 @@ def batch_of(alphas: Sequence[NDArray[np.float64]], device: torch.device) -> Bat
                 others.append((place + h, at, at + 1, float(between)))
         references += [place + h for h in chosen]
         place += len(some)
+    begins = [n for n, one in enumerate(others) if n == 0 or one[1] != others[n - 1][1]] + [len(others)]
     return Batch(
         order=torch.tensor([*references, *(one[0] for one in others)], device=device),
         before=torch.tensor([one[1] for one in others], dtype=torch.int32, device=device),
         after=torch.tensor([one[2] for one in others], dtype=torch.int32, device=device),
         between=torch.tensor([one[3] for one in others], dtype=torch.float32, device=device),
+        begin=torch.tensor(begins, dtype=torch.int32, device=device),
     )
 
 
 def interpolated(start: Tensor, difference: Tensor, image: Tensor, alpha: Tensor) -> Tensor:
-    """``start[image] + alpha difference[image]``, float32, of (image, ...), image being int64 and alpha float32 (point,)."""
+    """``start[image] + alpha difference[image]`` of points, of float32 (image, ...) laid out alike.
+
+    `image` is int64 and `alpha` float32, both (point,).
+    """
     if use_kernels(start.device):
         from igstore.engine import line_kernels as kernels
 
-        found = torch.empty((len(image), *start.shape[1:]), device=start.device)
-        kernels.interpolate[programs(found.numel())](
-            start, difference, image, alpha, found, found.numel(), start[0].numel(), BLOCK=_BLOCK
-        )
+        found = torch.empty_strided((len(image), *start.shape[1:]), start.stride(), device=start.device)
+        size = start[0].numel()
+        kernels.interpolate[(-(-size // _BLOCK), len(image))](start, difference, image, alpha, found, size, BLOCK=_BLOCK)
         return found
     return torch.addcmul(start[image], alpha.view(-1, *(1,) * (start.ndim - 1)), difference[image])
 
 
-def add_weighted(sums: Tensor, gradient: Tensor, order: Tensor, begin: Tensor, weight: Tensor) -> None:
-    """``sums[i] += sum over j of weight[j] gradient[order[j]]``, j from begin[i] to begin[i + 1]; always in that order.
+def weighted_sums(gradient: Tensor, order: Tensor, begin: Tensor, weight: Tensor) -> Tensor:
+    """Of each image i the sum over j of ``weight[j] gradient[order[j]]``, j from begin[i] to begin[i + 1].
 
-    Sums are float32 (image, ...), dense; gradients (point, ...), of one dtype and the same layout.
+    Always in that order. Gradients are (point, y, x, channel) and the sums float32 (image, y, x, channel).
     """
-    if use_kernels(sums.device):
+    gradient = gradient.contiguous()
+    if use_kernels(gradient.device):
         from igstore.engine import line_kernels as kernels
 
+        sums = torch.empty((len(begin) - 1, *gradient.shape[1:]), device=gradient.device)
         size = sums[0].numel()
-        kernels.weighted_sum[(*programs(size), len(sums))](gradient, order, begin, weight, sums, size, BLOCK=_BLOCK)
-        return
-    for image, (first, last) in enumerate(zip(begin.tolist(), begin.tolist()[1:], strict=False)):
-        factors = weight[first:last].view(-1, *(1,) * (sums.ndim - 1))
-        sums[image] += (factors * gradient[order[first:last]].float()).sum(dim=0)
+        grid = (-(-size // _BLOCK), len(sums))
+        kernels.weighted_sum[grid](gradient, order, begin, weight, sums, size, BLOCK=_BLOCK)
+        return sums
+    places = begin.tolist()
+    parts = [slice(first, last) for first, last in zip(places, places[1:], strict=False)]
+    weight = weight.view(-1, 1, 1, 1)
+    return torch.stack([(weight[part] * gradient[order[part]].float()).sum(dim=0) for part in parts])
+
+
+def packed(passes: Tensor) -> Tensor:
+    """Truths (..., channel) as bytes (..., channel / 8), the first channel being the lowest bit."""
+    bits = torch.nn.functional.pad(passes.to(torch.uint8), (0, -passes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=passes.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, channels: int) -> Tensor:
+    """The reverse of `packed`: 0 or 1, uint8 (..., channel)."""
+    spread = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return spread.flatten(-2)[..., :channels]
+
+
+def empty_passes(batch: Batch, height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Room for where gradients pass, as `packed` has it: (point, y, x, channel / 8)."""
+    return torch.empty((len(batch), height, width, -(-channels // 8)), dtype=torch.uint8, device=device)
+
+
+def gated(gradient: Tensor, passes: Tensor) -> Tensor:
+    """Gradients (point, y, x, channel), float16, 0 where they do not pass."""
+    if use_kernels(gradient.device):
+        from igstore.engine import line_kernels as kernels
+
+        out = torch.empty(gradient.shape, dtype=torch.float16, device=gradient.device)
+        channels = gradient.shape[3]
+        rows = gradient.numel() // channels
+        launch_rows(
+            kernels.affine_backward, rows, channels, gradient, out, out, passes, out, rows, channels,
+            row_of(gradient), 0, row_of(passes), HAS_SCALE=False, HAS_ADDEND=False, HAS_ACTIVE=True,
+        )  # fmt: skip
+        return out
+    return gradient * unpacked(passes, gradient.shape[3])
 
 
 @dataclass
@@ -170,6 +214,15 @@ def launch_rows(kernel: Any, rows: int, channels: int, *arguments: object, **set
 def triton_power(size: int) -> int:
     """The least power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
+
+
+def row_of(tensor: Tensor | None) -> int:
+    """Numbers from pixel to pixel in memory, of (point, y, x, ...), pixels being dense; 0 of None."""
+    if tensor is None:
+        return 0
+    # of a dimension of one there is no telling what its stride says
+    dimension = next((one for one in (2, 1, 0) if tensor.shape[one] > 1), 2)
+    return tensor.stride(dimension)
 
 
 _BLOCK = 1024  # numbers that a program of other kernels works on
@@ -266,6 +319,7 @@ class Value:
 
     pair: Tensor
     difference: Tensor | None
+    room: Value | None = None  # of which this is the first channels, and whose others are free
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -280,7 +334,7 @@ class Value:
     @property
     def strides(self) -> tuple[int, int, int]:
         """Numbers from pixel to pixel in `pair`, from the high to the low halves, from pixel to pixel in `difference`."""
-        return self.pair.stride(2), self.pair.stride(3), 0 if self.difference is None else self.difference.stride(2)
+        return row_of(self.pair), self.pair.stride(3), row_of(self.difference)
 
 
 def split(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from igstore.engine.line import Batch, Value, empty_value, joined, use_kernels
+from igstore.engine.line import Batch, Value, empty_passes, empty_value, joined, row_of, unpacked, use_kernels
 from igstore.engine.line_operations import UNBOUNDED, clamped
 
 _LEAST_CHUNK = 16  # input channels that the tensor cores multiply together
@@ -113,7 +113,7 @@ class LineConvolution(nn.Module):
         return functional.conv2d(x, weight, None, self.stride, self.padding).permute(0, 2, 3, 1)  # type: ignore[arg-type]
 
     def outputs(self, x: Value, addend: Value | None, batch: Batch) -> tuple[Value, Tensor | None]:
-        """The value of the outputs, and where gradients pass the clamp: uint8 (point, y, x, channel), or None."""
+        """The value of the outputs, and where gradients pass the clamp: `packed`, or None."""
         if use_kernels(x.pair.device):
             return self._launch_forward(x, addend, batch)
         references = self.forward_scale * self._convolve(joined(x.pair), self.high.float() + self.low.float())
@@ -145,7 +145,7 @@ class LineConvolution(nn.Module):
         if addend is not None:
             at_input = at_input + addend
         if active is not None:
-            at_input = at_input * active
+            at_input = at_input * unpacked(active, self.in_channels)
         return at_input.half()
 
     # --- By Triton's kernels
@@ -193,7 +193,7 @@ class LineConvolution(nn.Module):
         found = empty_value(batch, sides[0], sides[1], n_out, device)
         active = None
         if self.bounded:
-            active = torch.empty((len(batch), *sides, n_out), dtype=torch.uint8, device=device)
+            active = empty_passes(batch, sides[0], sides[1], n_out, device)
         z = torch.empty((n_references, *sides, n_out), device=device) if n_differences else None
         _launch(
             kernels.REFERENCE,
@@ -258,7 +258,8 @@ class Tiles(NamedTuple):
     chunk: int
     warps: int
     stages: int
-    finishes: int
+    turns: int
+    together: bool = False  # the points between two references
 
 
 def tiles(mode: Any, rows: int, columns: int, depth: int, chunk: int) -> Tiles:
@@ -306,6 +307,21 @@ def _launch(
         for side, k, size in zip(sides, filters.taps, (in_height, in_width), strict=True)
     )
     some = x  # stands for what there is none of
+    if shape.together and batch is not None and z is not None:
+        pixels = sides[0] * sides[1]
+        programs = (len(batch.begin) - 1) * -(-pixels // shape.rows) * -(-out_channels // shape.columns)
+        kernels.convolve_between[(programs,)](
+            x, filters.matrix, out, z, some if active is None else active, some if addend is None else addend,
+            batch.begin, batch.before, batch.after, batch.between,
+            out_channels, in_channels, -(-in_channels // filters.chunk), filters.matrix.shape[1],
+            in_height, in_width, pixels, sides[1], *filters.padding,
+            row_of(x), row_of(out), row_of(active), row_of(addend), module.forward_scale, *module.scaled_bounds,
+            TAPS=n_taps, TAPS_X=filters.taps[1], IN_STRIDE=strides[0], PADDED=padded, BOUNDED=module.bounded,
+            HAS_ADDEND=addend is not None, HAS_ACTIVE=active is not None,
+            WHOLE_CHUNKS=in_channels % filters.chunk == 0, BM=shape.rows, BN=shape.columns, BK=shape.chunk,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        return
     bounds = module.scaled_bounds
     kernels.convolve[grid](
         x,
@@ -333,12 +349,12 @@ def _launch(
         filters.padding[1],
         filters.first[0],
         filters.first[1],
-        x.stride(2),
+        row_of(x),
         low,
-        out.stride(2),
+        row_of(out),
         out.stride(3) if out.ndim == 5 else 0,
-        0 if active is None else active.stride(2),
-        0 if addend is None else addend.stride(2),
+        row_of(active),
+        row_of(addend),
         addend.stride(3) if addend is not None and addend.ndim == 5 else 0,
         module.backward_scale if backward else module.forward_scale,
         bounds[0],
@@ -359,7 +375,7 @@ def _launch(
         BM=shape.rows,
         BN=shape.columns,
         BK=shape.chunk,
-        FINISHES=shape.finishes,
+        TURNS=shape.turns,
         num_warps=shape.warps,
         num_stages=shape.stages,
     )

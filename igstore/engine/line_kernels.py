@@ -22,8 +22,44 @@ def _clamp(values, low, high, BOUNDED: tl.constexpr):
     return values
 
 
+@triton.jit
+def _packed(passes):
+    """(rows, columns) of truths as bytes (rows, columns / 8), the first column being the lowest bit."""
+    ROWS: tl.constexpr = passes.shape[0]
+    COLUMNS: tl.constexpr = passes.shape[1]
+    bits = tl.reshape(passes.to(tl.int32), (ROWS, COLUMNS // 8, 8))
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def _unpacked(packed):
+    """The reverse of `_packed`."""
+    ROWS: tl.constexpr = packed.shape[0]
+    BYTES: tl.constexpr = packed.shape[1]
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, BYTES * 8)) != 0
+
+
+@triton.jit
+def _store_passes(active, pixel, active_row, passes, n0, N, inside):
+    """Write where gradients pass, of some pixels and of channels from n0 on."""
+    COLUMNS: tl.constexpr = passes.shape[1]
+    byte = n0 // 8 + tl.arange(0, COLUMNS // 8)
+    at = active + (pixel * active_row)[:, None] + byte[None, :]
+    tl.store(at, _packed(passes), mask=inside[:, None] & (byte * 8 < N)[None, :])
+
+
+@triton.jit
+def _load_passes(active, pixel, active_row, n0, N, inside, COLUMNS: tl.constexpr):
+    byte = n0 // 8 + tl.arange(0, COLUMNS // 8)
+    at = active + (pixel * active_row)[:, None] + byte[None, :]
+    return _unpacked(tl.load(at, mask=inside[:, None] & (byte * 8 < N)[None, :], other=0))
+
+
 # What changes from layer to layer without changing how addresses align.
-_SIZES = "M chunks in_height in_width height width out_height out_width pad_y pad_x first_y first_x".split()
+_SIZES = (
+    "M chunks in_height in_width height width out_height out_width pad_y pad_x first_y first_x active_row pixels".split()
+)
 
 
 @triton.jit
@@ -35,13 +71,46 @@ def _halves(values):
 
 
 @triton.jit
+def _products(
+    x_at, weight_at, iy0, ix0, inside, C, chunks, in_height, in_width, x_row, x_low,
+    TAPS: tl.constexpr, TAPS_X: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Sums of products of rows of pixels, which begin at (iy0, ix0) of the images at `x_at`, and rows of weights."""
+    k = tl.arange(0, BK)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for step in range(0, TAPS * PARTS * chunks):
+        chunk = step % chunks
+        rest = step // chunks
+        tap = rest // PARTS
+        c = chunk * BK + k
+        iy = iy0 + tap // TAPS_X
+        ix = ix0 + tap % TAPS_X
+        ok = inside
+        if PADDED:
+            ok = ok & (iy >= 0) & (iy < in_height) & (ix >= 0) & (ix < in_width)
+        at = x_at + (iy * in_width + ix) * x_row
+        if PARTS == 3:
+            at += tl.where(rest % 3 == 1, x_low, 0)
+        if WHOLE_CHUNKS:
+            a = tl.load(at[:, None] + c[None, :], mask=ok[:, None], other=0.0)
+        else:
+            a = tl.load(at[:, None] + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
+        b = tl.load(weight_at[None, :] + (step * BK + k)[:, None])
+        sums = tl.dot(a, b, sums)
+    return sums
+
+
+@triton.jit
 def _finish(
-    sums, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+    sums, n0, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
     out_row, out_low, active_row, addend_row, addend_low, low, high,
     MODE: tl.constexpr, BOUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr,
     HAS_ACTIVE: tl.constexpr, HAS_Z: tl.constexpr,
 ):  # fmt: skip
-    """What becomes of some columns of sums of products; they are written to memory."""
+    """What becomes of some columns, from n0 on, of sums of products; they are written to memory."""
+    COLUMNS: tl.constexpr = sums.shape[1]
+    n = n0 + tl.arange(0, COLUMNS)
     keep = inside[:, None] & (n < N)[None, :]
     if HAS_BIAS:
         sums += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
@@ -51,16 +120,15 @@ def _finish(
         if MODE == REFERENCE:
             sums += tl.load(addend_at + addend_low, mask=keep, other=0.0).to(tl.float32)
     out_at = out + (out_pixel * out_row)[:, None] + n[None, :]
-    active_at = active + (out_pixel * active_row)[:, None] + n[None, :]
     if MODE == BACKWARD:
         if HAS_ACTIVE:
-            sums = tl.where(tl.load(active_at, mask=keep, other=0) != 0, sums, 0.0)
+            sums = tl.where(_load_passes(active, out_pixel, active_row, n0, N, inside, COLUMNS), sums, 0.0)
         tl.store(out_at, sums.to(tl.float16), mask=keep)
     elif MODE == REFERENCE:
         if HAS_Z:
             tl.store(z + (out_pixel * N)[:, None] + n[None, :], sums, mask=keep)
         if HAS_ACTIVE:
-            tl.store(active_at, ((sums > low) & (sums < high)).to(tl.uint8), mask=keep)
+            _store_passes(active, out_pixel, active_row, (sums > low) & (sums < high), n0, N, inside)
         sums = _clamp(sums, low, high, BOUNDED)
         halves = sums.to(tl.float16)
         tl.store(out_at, halves, mask=keep)
@@ -71,7 +139,7 @@ def _finish(
         line = z_first + t[:, None] * (z_last - z_first)
         sums += line
         if HAS_ACTIVE:
-            tl.store(active_at, ((sums > low) & (sums < high)).to(tl.uint8), mask=keep)
+            _store_passes(active, out_pixel, active_row, (sums > low) & (sums < high), n0, N, inside)
         if BOUNDED:
             z_first = _clamp(z_first, low, high, True)
             z_last = _clamp(z_last, low, high, True)
@@ -85,7 +153,7 @@ def convolve(
     weight,
     out,
     z,  # pre-activation outputs of references, float32, dense: written by REFERENCE, read by DIFFERENCE
-    active,  # uint8, as out: where gradients pass; written forwards, read backwards
+    active,  # bits, as out: where gradients pass; written forwards, read backwards
     bias,
     addend,
     before,  # of a difference, the references that it lies between, and where
@@ -132,48 +200,24 @@ def convolve(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    FINISHES: tl.constexpr,  # 1, 2 or 4: in how many turns outputs are finished, for want of registers
+    TURNS: tl.constexpr,  # 1, 2 or 4: in how many turns outputs are finished, for want of registers
 ):
     """Outputs of a convolution as a product of a matrix of pixels and one of weights."""
     columns = tl.cdiv(N, BN)
     program = tl.program_id(0)
     m = (program // columns) * BM + tl.arange(0, BM)
     n0 = (program % columns) * BN
-    n = n0 + tl.arange(0, BN)
-    k = tl.arange(0, BK)
     inside = m < M
     pixels = height * width
     point = m // pixels
     pixel = m % pixels
     oy = pixel // width
     ox = pixel % width
-    iy0 = oy * IN_STRIDE - pad_y
-    ix0 = ox * IN_STRIDE - pad_x
-    x_at = x + (point * in_height * in_width) * x_row
-    weight_at = weight + n * KT
-
-    sums = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, TAPS * PARTS * chunks):
-        chunk = step % chunks
-        rest = step // chunks
-        tap = rest // PARTS
-        c = chunk * BK + k
-        iy = iy0 + tap // TAPS_X
-        ix = ix0 + tap % TAPS_X
-        ok = inside
-        if PADDED:
-            ok = ok & (iy >= 0) & (iy < in_height) & (ix >= 0) & (ix < in_width)
-        at = x_at + (iy * in_width + ix) * x_row
-        if PARTS == 3:
-            at += tl.where(rest % 3 == 1, x_low, 0)
-        if WHOLE_CHUNKS:
-            a = tl.load(at[:, None] + c[None, :], mask=ok[:, None], other=0.0)
-        else:
-            a = tl.load(at[:, None] + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
-        b = tl.load(weight_at[None, :] + (step * BK + k)[:, None])
-        sums = tl.dot(a, b, sums)
-
-    sums = sums * scale
+    sums = scale * _products(
+        x + point * in_height * in_width * x_row, weight + (n0 + tl.arange(0, BN)) * KT,
+        oy * IN_STRIDE - pad_y, ox * IN_STRIDE - pad_x, inside, C, chunks, in_height, in_width, x_row, x_low,
+        TAPS, TAPS_X, PADDED, PARTS, WHOLE_CHUNKS, BM, BN, BK,
+    )  # fmt: skip
     # where the outputs are in memory
     out_pixel = (point * out_height + oy * OUT_STRIDE + first_y) * out_width + ox * OUT_STRIDE + first_x
     ref_first = out_pixel
@@ -183,54 +227,82 @@ def convolve(
         t = tl.load(between + point, mask=inside, other=0.0)
         ref_first = tl.load(before + point, mask=inside, other=0) * pixels + pixel
         ref_last = tl.load(after + point, mask=inside, other=0) * pixels + pixel
-    if FINISHES == 1:
+    if TURNS == 1:
         _finish(
-            sums, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
-            out_row, out_low, active_row, addend_row, addend_low, low, high,
-            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
-        )  # fmt: skip
-    elif FINISHES == 2:
-        one, other = _halves(sums)
-        n = n0 + tl.arange(0, BN // 2)
-        _finish(
-            one, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
-            out_row, out_low, active_row, addend_row, addend_low, low, high,
-            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
-        )  # fmt: skip
-        _finish(
-            other, n + BN // 2, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
+            sums, n0, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
             out_row, out_low, active_row, addend_row, addend_low, low, high,
             MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
         )  # fmt: skip
     else:
-        one, other = _halves(sums)
-        n = n0 + tl.arange(0, BN // 4)
-        first, second = _halves(one)
-        _finish(
-            first, n, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
-            out_row, out_low, active_row, addend_row, addend_low, low, high,
-            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+        halves = _halves(sums)
+        for half in tl.static_range(0, 2):
+            if TURNS == 2:
+                _finish(
+                    halves[half], n0 + half * (BN // 2), N, inside, out_pixel, ref_first, ref_last, t,
+                    out, z, active, bias, addend, out_row, out_low, active_row, addend_row, addend_low, low, high,
+                    MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+                )  # fmt: skip
+            else:
+                quarters = _halves(halves[half])
+                for quarter in tl.static_range(0, 2):
+                    _finish(
+                        quarters[quarter], n0 + (2 * half + quarter) * (BN // 4), N, inside, out_pixel, ref_first,
+                        ref_last, t, out, z, active, bias, addend, out_row, out_low, active_row, addend_row,
+                        addend_low, low, high, MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def convolve_between(
+    x, weight, out, z, active, addend, begin, before, after, between,
+    N, C, chunks, KT, in_height, in_width, pixels, width, pad_y, pad_x, x_row, out_row, active_row, addend_row,
+    scale, low, high,
+    TAPS: tl.constexpr, TAPS_X: tl.constexpr, IN_STRIDE: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr,
+    HAS_ADDEND: tl.constexpr, HAS_ACTIVE: tl.constexpr, WHOLE_CHUNKS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What `convolve` does as DIFFERENCE, for all points between two references in turn, which so are read once.
+
+    Points of an interval between two references are from begin[interval] to begin[interval + 1].
+    """
+    columns = tl.cdiv(N, BN)
+    rows = tl.cdiv(pixels, BM)
+    program = tl.program_id(0)
+    interval = program // (columns * rows)
+    pixel = (program // columns) % rows * BM + tl.arange(0, BM)
+    n0 = (program % columns) * BN
+    n = n0 + tl.arange(0, BN)
+    inside = pixel < pixels
+    keep = inside[:, None] & (n < N)[None, :]
+    oy = pixel // width
+    ox = pixel % width
+    first_point = tl.load(begin + interval)
+    end_point = tl.load(begin + interval + 1)
+    ref_first = tl.load(before + first_point) * pixels + pixel
+    ref_last = tl.load(after + first_point) * pixels + pixel
+    z_first = tl.load(z + (ref_first * N)[:, None] + n[None, :], mask=keep, other=0.0)
+    z_last = tl.load(z + (ref_last * N)[:, None] + n[None, :], mask=keep, other=0.0)
+    for point in range(first_point, end_point):
+        sums = scale * _products(
+            x + point * in_height * in_width * x_row + oy * 0, weight + n * KT,
+            oy * IN_STRIDE - pad_y, ox * IN_STRIDE - pad_x, inside, C, chunks, in_height, in_width, x_row, 0,
+            TAPS, TAPS_X, PADDED, 1, WHOLE_CHUNKS, BM, BN, BK,
         )  # fmt: skip
-        _finish(
-            second, n + BN // 4, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
-            out_row, out_low, active_row, addend_row, addend_low, low, high,
-            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
-        )  # fmt: skip
-        first, second = _halves(other)
-        _finish(
-            first, n + BN // 2, N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
-            out_row, out_low, active_row, addend_row, addend_low, low, high,
-            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
-        )  # fmt: skip
-        _finish(
-            second, n + 3 * (BN // 4), N, inside, out_pixel, ref_first, ref_last, t, out, z, active, bias, addend,
-            out_row, out_low, active_row, addend_row, addend_low, low, high,
-            MODE, BOUNDED, HAS_BIAS, HAS_ADDEND, HAS_ACTIVE, HAS_Z,
-        )  # fmt: skip
+        t = tl.load(between + point)
+        out_pixel = point * pixels + pixel
+        if HAS_ADDEND:
+            sums += tl.load(addend + (out_pixel * addend_row)[:, None] + n[None, :], mask=keep, other=0.0).to(tl.float32)
+        sums += z_first + t * (z_last - z_first)
+        if HAS_ACTIVE:
+            _store_passes(active, out_pixel, active_row, (sums > low) & (sums < high), n0, N, inside)
+        a_first = _clamp(z_first, low, high, BOUNDED)
+        a_last = _clamp(z_last, low, high, BOUNDED)
+        sums = _clamp(sums, low, high, BOUNDED) - (a_first + t * (a_last - a_first))
+        tl.store(out + (out_pixel * out_row)[:, None] + n[None, :], sums.to(tl.float16), mask=keep)
 
 
 # Kernels for elements: a program has some rows, which are pixels of points, and some channels of them.
-_ROWS = "total pixels height width out_height out_width references".split()
+_ROWS = "total pixels height width out_height out_width references active_row".split()
 
 
 @triton.jit
@@ -313,7 +385,7 @@ def materialise(
 @triton.jit(do_not_specialize=_ROWS)
 def affine(
     pair, difference, out_pair, out_difference, active, channel_scale, channel_shift, before, after, between,
-    references, total, pixels, C, pair_row, pair_low, difference_row, low, high,
+    references, total, pixels, C, pair_row, pair_low, difference_row, active_row, low, high,
     HAS_DIFFERENCE: tl.constexpr, HAS_ACTIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``clamp(scale x + shift)`` of values, and where gradients pass; outputs are dense."""
@@ -333,7 +405,7 @@ def affine(
         at = difference + ((order * pixels + pixel) * difference_row)[:, None] + c[None, :]
         values += s * tl.load(at, mask=ok & (is_reference == 0)[:, None], other=0.0).to(tl.float32)
     if HAS_ACTIVE:
-        tl.store(active + (row * C)[:, None] + c[None, :], ((values > low) & (values < high)).to(tl.uint8), mask=ok)
+        _store_passes(active, row, active_row, (values > low) & (values < high), tl.program_id(1) * BC, C, inside)
     z_first = _clamp(z_first, low, high, True)
     z_last = _clamp(z_last, low, high, True)
     line = z_first + t[:, None] * (z_last - z_first)
@@ -344,26 +416,26 @@ def affine(
 @triton.jit(do_not_specialize=_ROWS)
 def affine_backward(
     gradient, channel_scale, addend, active, out, total, C, gradient_row, addend_row, active_row,
-    HAS_ADDEND: tl.constexpr, HAS_ACTIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_ACTIVE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``scale gradient + addend``, 0 where nothing passes; float16, outputs are dense."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     ok = (row < total)[:, None] & (c < C)[None, :]
     values = tl.load(gradient + (row * gradient_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
-    values *= tl.load(channel_scale + c, mask=c < C, other=0.0)[None, :]
+    if HAS_SCALE:
+        values *= tl.load(channel_scale + c, mask=c < C, other=0.0)[None, :]
     if HAS_ADDEND:
         values += tl.load(addend + (row * addend_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
     if HAS_ACTIVE:
-        passes = tl.load(active + (row * active_row)[:, None] + c[None, :], mask=ok, other=0)
-        values = tl.where(passes != 0, values, 0.0)
+        values = tl.where(_load_passes(active, row, active_row, tl.program_id(1) * BC, C, row < total, BC), values, 0.0)
     tl.store(out + (row * C)[:, None] + c[None, :], values.to(tl.float16), mask=ok)
 
 
 @triton.jit(do_not_specialize=_ROWS)
 def max_pool(
     pair, difference, out_pair, out_difference, where, active, before, after, between, references, total, height, width,
-    out_height, out_width, C, pair_row, pair_low, difference_row, low, high,
+    out_height, out_width, C, pair_row, pair_low, difference_row, active_row, low, high,
     HAS_DIFFERENCE: tl.constexpr, HAS_ACTIVE: tl.constexpr,
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -401,7 +473,7 @@ def max_pool(
         largest_last = tl.where(there & (z_last > largest_last), z_last, largest_last)
     tl.store(where + (row * C)[:, None] + c[None, :], found.to(tl.uint8), mask=ok)
     if HAS_ACTIVE:
-        tl.store(active + (row * C)[:, None] + c[None, :], ((largest > low) & (largest < high)).to(tl.uint8), mask=ok)
+        _store_passes(active, row, active_row, (largest > low) & (largest < high), tl.program_id(1) * BC, C, inside)
     largest_first = _clamp(largest_first, low, high, HAS_ACTIVE)
     largest_last = _clamp(largest_last, low, high, HAS_ACTIVE)
     line = largest_first + t[:, None] * (largest_last - largest_first)
@@ -441,8 +513,7 @@ def max_pool_backward(
     if HAS_ADDEND:
         result += tl.load(addend + (row * addend_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
     if HAS_ACTIVE:
-        passes = tl.load(active + (row * active_row)[:, None] + c[None, :], mask=ok, other=0)
-        result = tl.where(passes != 0, result, 0.0)
+        result = tl.where(_load_passes(active, row, active_row, tl.program_id(1) * BC, C, row < total, BC), result, 0.0)
     tl.store(out + (row * C)[:, None] + c[None, :], result.to(tl.float16), mask=ok)
 
 
@@ -506,8 +577,7 @@ def mean_pool_backward(
     if HAS_ADDEND:
         result += tl.load(addend + (row * addend_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
     if HAS_ACTIVE:
-        passes = tl.load(active + (row * active_row)[:, None] + c[None, :], mask=ok, other=0)
-        result = tl.where(passes != 0, result, 0.0)
+        result = tl.where(_load_passes(active, row, active_row, tl.program_id(1) * BC, C, row < total, BC), result, 0.0)
     tl.store(out + (row * C)[:, None] + c[None, :], result.to(tl.float16), mask=ok)
 
 
@@ -525,7 +595,7 @@ def interpolate(start, difference, image, alpha, out, size, BLOCK: tl.constexpr)
 
 @triton.jit
 def weighted_sum(gradient, order, begin, weight, sums, size, BLOCK: tl.constexpr):
-    """``sums[image] += sum of weight[j] gradient[order[j]]`` over the image's j, from begin[image] to begin[image + 1]."""
+    """``sums[image] = sum of weight[j] gradient[order[j]]`` over the image's j, from begin[image] to begin[image + 1]."""
     image = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -533,5 +603,4 @@ def weighted_sum(gradient, order, begin, weight, sums, size, BLOCK: tl.constexpr
     for j in range(tl.load(begin + image), tl.load(begin + image + 1)):
         values = tl.load(gradient + tl.load(order + j).to(tl.int64) * size + at, mask=inside, other=0.0)
         total += tl.load(weight + j) * values.to(tl.float32)
-    sums_at = sums + image.to(tl.int64) * size + at
-    tl.store(sums_at, tl.load(sums_at, mask=inside, other=0.0) + total, mask=inside)
+    tl.store(sums + image.to(tl.int64) * size + at, total, mask=inside)

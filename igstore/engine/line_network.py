@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from igstore.engine.line import Batch, Value, interpolated, materialise, represent, split
+from igstore.engine.line import Batch, Value, empty_value, gated, interpolated, materialise, represent, split, weighted_sums
 from igstore.engine.line_convolution import LineConvolution
 from igstore.engine.line_operations import Operation
 
-Held = dict[Any, Any]  # by node: values, or torch's tensors; and by (ACTIVE, node), where gradients pass a clamp
-Gradients = dict[fx.Node, Tensor]
-Backward = Callable[[Gradients], None]
-
-ACTIVE = "active"
+Held = dict[Any, Any]  # by node: values or torch's tensors; by (LINE, node) and (PASSES, node) what these say
+LINE = "line"  # the node's start and difference, (image, channel, y, x): it depends on the place on the path linearly
+PASSES = "passes"  # where gradients pass the clamp of what the node holds
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,14 @@ class Path:
     Attributes
     ----------
     start, difference
-        Float32 (image, channel, y, x), channels last.
+        Float32 (image, channel, y, x).
     image, alpha
         int64 and float32 (point,).
     batch
         The order and the references.
+    order, begin, weights
+        The points image by image, int64 (point,); where each image's begin, int32 (image + 1,); and what their gradients
+        weigh in the image's sum, float32 (point,), as `order` has them.
     """
 
     start: Tensor
@@ -43,14 +45,36 @@ class Path:
     image: Tensor
     alpha: Tensor
     batch: Batch
+    order: Tensor
+    begin: Tensor
+    weights: Tensor
 
 
-class Gradient(NamedTuple):
-    """Gradients at points (point, y, x, channel), the factor of each (point,), and the outputs (point,)."""
+class Gradients(dict[fx.Node, Tensor]):
+    """By node, gradients at points; at nodes on lines, each image's sum, float32 (image, y, x, channel).
 
-    values: Tensor
-    factors: Tensor
-    outputs: Tensor
+    Parameters
+    ----------
+    path
+        The points.
+    weights
+        As `Path.weights`, for the gradients as they are here.
+    """
+
+    def __init__(self, path: Path, weights: Tensor) -> None:
+        super().__init__()
+        self._path, self._weights = path, weights
+
+    def add(self, node: fx.Node, gradient: Tensor) -> None:
+        """Add to a node's gradient."""
+        self[node] = self[node] + gradient if node in self else gradient
+
+    def add_sums(self, node: fx.Node, gradient: Tensor, scale: float) -> None:
+        """Add to the sums of a node on lines those of gradients (point, y, x, channel), which were multiplied by `scale`."""
+        self.add(node, weighted_sums(gradient, self._path.order, self._path.begin, self._weights / scale))
+
+
+Backward = Callable[[Gradients], None]
 
 
 class Step:
@@ -71,20 +95,27 @@ class Step:
 
 
 class LineNetwork:
-    """Gradients of a network at batches of points.
+    """Integrals of a network's gradients along lines.
 
     Parameters
     ----------
+    prefix, lines
+        From images (image, channel, y, x) to what some nodes hold, a tuple, affinely: with the path they are on lines too.
     steps
-        In order.
-    source, scores
-        The nodes of the network's input and output. Steps that begin with the path write gradients at its points to the
-        former.
+        The rest, in order.
+    scores
+        The node of the network's output.
     """
 
-    def __init__(self, steps: Sequence[Step], source: fx.Node, scores: fx.Node) -> None:
+    def __init__(
+        self,
+        prefix: Callable[[Tensor], tuple[Tensor, ...]],
+        lines: Sequence[fx.Node],
+        steps: Sequence[Step],
+        scores: fx.Node,
+    ) -> None:
         self.steps = steps
-        self._source, self._scores = source, scores
+        self._prefix, self._lines, self._scores = prefix, lines, scores
         last_use = {scores: len(steps)}
         for place, step in enumerate(steps):
             last_use |= {node: max(last_use.get(node, 0), place) for node in step.reads}
@@ -93,15 +124,22 @@ class LineNetwork:
             self._unused_after[place].append(node)
 
     @torch.no_grad()
-    def gradient(self, path: Path, select: Callable[[Tensor], Tensor]) -> Gradient:
-        """Gradients at the points of a path.
+    def integrate(self, path: Path, select: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Each image's weighted sum of gradients, float32 (image, channel, y, x), and the outputs, (point,).
 
         Parameters
         ----------
         select
             From scores (point, class) to outputs (point,), each of its own point's alone.
         """
+        with torch.enable_grad():
+            start = path.start.detach().requires_grad_()
+            at_start = self._prefix(start)
+        at_end = self._prefix(path.start + path.difference)
         held: Held = {}
+        for node, first, last in zip(self._lines, at_start, at_end, strict=True):
+            first, last = (one.detach().contiguous(memory_format=torch.channels_last) for one in (first, last))
+            held[LINE, node] = first, last - first
         backwards: list[Backward] = []
         for place, step in enumerate(self.steps):
             backwards.append(step.forward(held, path))
@@ -112,61 +150,56 @@ class LineNetwork:
             outputs = select(scores)
             (at_scores,) = torch.autograd.grad(outputs.sum(), scores)
         held.clear()
-        # probabilities have slopes of any size; float16 has not
+        # slopes of probabilities have any size; numbers of float16 have not
         _, exponents = torch.frexp(at_scores.abs().amax(dim=1))
-        at_scores = torch.ldexp(at_scores, -exponents[:, None])
-        gradients: Gradients = {self._scores: at_scores}
+        weights = torch.ldexp(path.weights, exponents[path.order])
+        gradients = Gradients(path, weights)
+        gradients[self._scores] = torch.ldexp(at_scores, -exponents[:, None])
         while backwards:
             backwards.pop()(gradients)
-        values = gradients[self._source]
-        return Gradient(values, torch.ldexp(torch.ones_like(outputs), exponents), outputs.detach())
+        sums = [gradients[node].permute(0, 3, 1, 2) for node in self._lines]
+        (at_images,) = torch.autograd.grad(at_start, start, sums)
+        return at_images, outputs.detach()
 
 
-def _add(gradients: Gradients, node: fx.Node, gradient: Tensor) -> None:
-    gradients[node] = gradients[node] + gradient if node in gradients else gradient
+# --- Between lines, values and torch's tensors. Scales are what values and gradients are multiplied by where held.
 
 
-# --- Between the path, values and torch's tensors; scales are what values and gradients are multiplied by where held
-
-
-class PathValue(Step):
-    """The points themselves, as a value."""
+class LineValue(Step):
+    """Points on lines, as a value."""
 
     scale, gradient_scale = 1.0, 1.0
 
-    def __init__(self, source: fx.Node, target: fx.Node) -> None:
-        self.reads, self.writes, self._source = [], [target], source
+    def __init__(self, line: fx.Node, target: fx.Node) -> None:
+        self._line = line
+        self.reads, self.writes = [], [target]
 
     def forward(self, held: Held, path: Path) -> Backward:
-        n = path.batch.n_references
-        references = interpolated(path.start, path.difference, path.image[:n], path.alpha[:n])
         (target,) = self.writes
+        start, difference = held[LINE, self._line]
+        n = path.batch.n_references
+        references = interpolated(start, difference, path.image[:n], path.alpha[:n])
         held[target] = Value(split(references.permute(0, 2, 3, 1) * self.scale), None)
 
         def backward(gradients: Gradients) -> None:
-            gradient = gradients.pop(target)
-            before = gradients.pop(self._source, None)
-            if before is None and self.gradient_scale == 1:
-                gradients[self._source] = gradient
-            else:
-                gradient = gradient.float() / self.gradient_scale
-                gradients[self._source] = gradient if before is None else gradient + before
+            gradients.add_sums(self._line, gradients.pop(target), self.gradient_scale)
 
         return backward
 
 
-class PathPoints(Step):
-    """The points themselves, as torch's tensor."""
+class LineTensor(Step):
+    """Points on lines, as torch's tensor."""
 
-    def __init__(self, source: fx.Node, target: fx.Node) -> None:
-        self.reads, self.writes, self._source = [], [target], source
+    def __init__(self, line: fx.Node, target: fx.Node) -> None:
+        self._line = line
+        self.reads, self.writes = [], [target]
 
     def forward(self, held: Held, path: Path) -> Backward:
         (target,) = self.writes
-        held[target] = interpolated(path.start, path.difference, path.image, path.alpha)
+        held[target] = interpolated(*held[LINE, self._line], path.image, path.alpha)
 
         def backward(gradients: Gradients) -> None:
-            _add(gradients, self._source, gradients.pop(target).permute(0, 2, 3, 1).contiguous())
+            gradients.add_sums(self._line, gradients.pop(target).permute(0, 2, 3, 1), 1.0)
 
         return backward
 
@@ -184,7 +217,7 @@ class Represent(Step):
         held[target] = represent(held[source].detach().permute(0, 2, 3, 1), path.batch, self.scale)
 
         def backward(gradients: Gradients) -> None:
-            _add(gradients, source, gradients.pop(target).permute(0, 3, 1, 2).float() / self.gradient_scale)
+            gradients.add(source, gradients.pop(target).permute(0, 3, 1, 2).float() / self.gradient_scale)
 
         return backward
 
@@ -203,7 +236,7 @@ class Materialise(Step):
 
         def backward(gradients: Gradients) -> None:
             gradient = gradients.pop(target).permute(0, 2, 3, 1) * self.gradient_scale
-            _add(gradients, source, gradient.half().contiguous())
+            gradients.add(source, gradient.half().contiguous())
 
         return backward
 
@@ -234,7 +267,7 @@ class Torch(Step):
             )
             for node, gradient in zip(self.reads, found, strict=True):
                 if gradient is not None:
-                    _add(gradients, node, gradient)
+                    gradients.add(node, gradient)
 
         return backward
 
@@ -259,12 +292,12 @@ class Clamped(Step):
 
     def gate(self, held: Held, node: fx.Node) -> Tensor | None:
         """Where gradients pass the clamp of what a node holds, if that is for this step to see to."""
-        return held.get((ACTIVE, node)) if self.gates else None
+        return held.get((PASSES, node)) if self.gates else None
 
-    def at_outputs(self, gradients: Gradients, active: Tensor | None) -> Tensor:
+    def at_outputs(self, gradients: Gradients, passes: Tensor | None) -> Tensor:
         """The gradient before the clamp."""
         gradient = gradients.pop(self.writes[0])
-        return gradient if active is None or self.reader_gates else gradient * active
+        return gradient if passes is None or self.reader_gates else gated(gradient, passes)
 
 
 class Convolve(Clamped):
@@ -277,15 +310,15 @@ class Convolve(Clamped):
     def forward(self, held: Held, path: Path) -> Backward:
         (target,) = self.writes
         x = held[self.x]
-        held[target], active = self.module.outputs(x, None if self.addend is None else held[self.addend], path.batch)
-        held[ACTIVE, target] = active
+        held[target], passes = self.module.outputs(x, None if self.addend is None else held[self.addend], path.batch)
+        held[PASSES, target] = passes
         gate = self.gate(held, self.x)
         height, width, _ = x.shape
 
         def backward(gradients: Gradients) -> None:
-            gradient = self.at_outputs(gradients, active)
+            gradient = self.at_outputs(gradients, passes)
             if self.addend is not None:
-                _add(gradients, self.addend, gradient)
+                gradients.add(self.addend, gradient)
             gradients[self.x] = self.module.gradient(gradient, (height, width), gradients.pop(self.x, None), gate)
 
         return backward
@@ -300,35 +333,52 @@ class Operate(Clamped):
 
     def forward(self, held: Held, path: Path) -> Backward:
         (target,) = self.writes
-        held[target], active, back = self.operation.outputs(held[self.x], path.batch)
-        held[ACTIVE, target] = active
+        held[target], passes, back = self.operation.outputs(held[self.x], path.batch)
+        held[PASSES, target] = passes
         gate = self.gate(held, self.x)
 
         def backward(gradients: Gradients) -> None:
-            gradient = self.at_outputs(gradients, active)
+            gradient = self.at_outputs(gradients, passes)
             gradients[self.x] = back(gradient, gradients.pop(self.x, None), gate)
 
         return backward
 
 
 class Concatenate(Step):
-    """Values one after the other, by channels."""
+    """Values one after the other, by channels.
+
+    Attributes
+    ----------
+    room
+        Channels to make room for, as more is to follow; 0 where the first part has made room for the others.
+    """
+
+    room = -1  # no more than there are
 
     def __init__(self, parts: list[fx.Node], node: fx.Node) -> None:
         self.reads, self.writes = parts, [node]
 
     def forward(self, held: Held, path: Path) -> Backward:
         (target,) = self.writes
-        values: list[Value] = [held[node] for node in self.reads]
-        n = path.batch.n_differences
-        differences = [
-            value.pair.new_zeros((n, *value.shape)) if value.difference is None else value.difference for value in values
-        ]
-        held[target] = Value(torch.cat([value.pair for value in values], dim=-1), torch.cat(differences, dim=-1))
-        sizes = [value.shape[2] for value in values]
+        parts: list[Value] = [held[node] for node in self.reads]
+        sizes = [part.shape[2] for part in parts]
+        height, width, _ = parts[0].shape
+        total = sum(sizes)
+        room = parts[0].room
+        begin = sizes[0]
+        if self.room or room is None:
+            room = empty_value(path.batch, height, width, max(total, self.room), parts[0].pair.device)
+            begin = 0
+        assert room.difference is not None
+        for part, first in zip(parts, [0, *accumulate(sizes)], strict=False):
+            if first >= begin:
+                last = first + part.shape[2]
+                room.pair[..., first:last] = part.pair
+                room.difference[..., first:last] = 0 if part.difference is None else part.difference
+        held[target] = Value(room.pair[..., :total], room.difference[..., :total], room)
 
         def backward(gradients: Gradients) -> None:
             for node, part in zip(self.reads, gradients.pop(target).split(sizes, dim=-1), strict=True):
-                _add(gradients, node, part)
+                gradients.add(node, part)
 
         return backward

@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from igstore.engine.line import Batch, Value, empty_value, joined, launch_rows, materialise, split, use_kernels
+from igstore.engine.line import (
+    Batch,
+    Value,
+    empty_passes,
+    empty_value,
+    joined,
+    launch_rows,
+    materialise,
+    packed,
+    row_of,
+    split,
+    unpacked,
+    use_kernels,
+)
 
 # Of the gradient at the outputs, already gated, an addend and where gradients pass the clamp of the inputs: the gradient at
 # the inputs, float16 (point, y, x, channel).
@@ -21,12 +34,12 @@ UNBOUNDED = (-math.inf, math.inf)
 def clamped(
     references: Tensor, others: Tensor, bounds: tuple[float, float], batch: Batch
 ) -> tuple[Value, Tensor | None]:
-    """Float32 values of references and of the other points, clamped, and where gradients pass: uint8, or None."""
+    """Float32 values of references and of the other points, clamped, and where gradients pass: `packed`, or None."""
     active = None
     if bounds != UNBOUNDED:
         low, high = bounds
         every = torch.cat([references, others])
-        active = ((every > low) & (every < high)).to(torch.uint8)
+        active = packed((every > low) & (every < high))
         references, others = references.clamp(low, high), others.clamp(low, high)
     return Value(split(references), (others - batch.line(references)).half()), active
 
@@ -35,7 +48,7 @@ def _finished(result: Tensor, addend: Tensor | None, gate: Tensor | None) -> Ten
     if addend is not None:
         result = result + addend
     if gate is not None:
-        result = result * gate
+        result = result * unpacked(gate, result.shape[3])
     return result.half().contiguous()
 
 
@@ -47,8 +60,6 @@ def _gate_settings(addend: Tensor | None, gate: Tensor | None) -> dict[str, bool
     return {"HAS_ACTIVE": gate is not None, "HAS_ADDEND": addend is not None}
 
 
-def _row(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(2)
 
 
 class Operation:
@@ -61,7 +72,7 @@ class Operation:
         """Say by how much values, and gradients, are multiplied where they are held: at the inputs and at the outputs."""
 
     def outputs(self, x: Value, batch: Batch) -> tuple[Value, Tensor | None, Back]:
-        """The outputs, where gradients pass their clamp (uint8 (point, y, x, channel), or None), and the way back."""
+        """The outputs, where gradients pass their clamp (`packed`, or None), and the way back."""
         raise NotImplementedError
 
 
@@ -72,6 +83,10 @@ class Affine(Operation):
         self._scale, self._shift, self._bounds = scale, shift, bounds
         self.keeps_size = keeps_size
         self.set_scales((1.0, 1.0), (1.0, 1.0))
+
+    def clamp(self, bounds: tuple[float, float]) -> None:
+        """Have the outputs clamped."""
+        self._bounds = self.bounds = bounds
 
     def set_scales(self, values: tuple[float, float], gradients: tuple[float, float]) -> None:
         at_input, at_output = values
@@ -101,13 +116,14 @@ class Affine(Operation):
         shape = (len(batch), height, width, channels)
         active = None
         if self.bounds != UNBOUNDED:
-            active = torch.empty(shape, dtype=torch.uint8, device=x.pair.device)
+            active = empty_passes(batch, height, width, channels, x.pair.device)
         rows = len(batch) * height * width
         launch_rows(
             kernels.affine, rows, channels, *x.arguments, *found.arguments,
             x.pair if active is None else active, self.scale, self.shift,
             batch.before, batch.after, batch.between, batch.n_references, rows, height * width, channels,
-            *x.strides, *self.bounds, HAS_DIFFERENCE=x.difference is not None, HAS_ACTIVE=active is not None,
+            *x.strides, row_of(active), *self.bounds,
+            HAS_DIFFERENCE=x.difference is not None, HAS_ACTIVE=active is not None,
         )  # fmt: skip
 
         def back(gradient: Tensor, addend: Tensor | None, gate: Tensor | None) -> Tensor:
@@ -115,7 +131,8 @@ class Affine(Operation):
             passes, added = _gate_arguments(out, addend, gate)
             launch_rows(
                 kernels.affine_backward, rows, channels, gradient, self.backward_scale, added, passes, out,
-                rows, channels, gradient.stride(2), _row(addend), _row(gate), **_gate_settings(addend, gate),
+                rows, channels, row_of(gradient), row_of(addend), row_of(gate), HAS_SCALE=True,
+                **_gate_settings(addend, gate),
             )  # fmt: skip
             return out
 
@@ -125,8 +142,12 @@ class Affine(Operation):
 class MaxPool(Operation):
     """The largest value of each window, clamped; zeros of padding never count."""
 
-    def __init__(self, window: int, stride: int, padding: int, bounds: tuple[float, float] = UNBOUNDED) -> None:
+    def __init__(self, window: int, stride: int, padding: int) -> None:
         self.window, self.stride, self.padding = window, stride, padding
+        self.clamp(UNBOUNDED)
+
+    def clamp(self, bounds: tuple[float, float]) -> None:
+        """Have the outputs clamped."""
         self._bounds = self.bounds = bounds
 
     def set_scales(self, values: tuple[float, float], gradients: tuple[float, float]) -> None:
@@ -157,13 +178,16 @@ class MaxPool(Operation):
         sides = _sides(height, width, self)
         found = empty_value(batch, *sides, channels, device)
         where = torch.empty((len(batch), *sides, channels), dtype=torch.uint8, device=device)
-        active = None if self.bounds == UNBOUNDED else torch.empty_like(where)
+        active = None
+        if self.bounds != UNBOUNDED:
+            active = empty_passes(batch, *sides, channels, device)
         rows = len(batch) * sides[0] * sides[1]
         settings = {"WINDOW": self.window, "STRIDE": self.stride, "PADDING": self.padding}
         launch_rows(
             kernels.max_pool, rows, channels, *x.arguments, *found.arguments, where, where if active is None else active,
             batch.before, batch.after, batch.between, batch.n_references, rows, height, width, *sides, channels,
-            *x.strides, *self.bounds, HAS_DIFFERENCE=x.difference is not None, HAS_ACTIVE=active is not None, **settings,
+            *x.strides, row_of(active), *self.bounds,
+            HAS_DIFFERENCE=x.difference is not None, HAS_ACTIVE=active is not None, **settings,
         )  # fmt: skip
 
         def back(gradient: Tensor, addend: Tensor | None, gate: Tensor | None) -> Tensor:
@@ -172,7 +196,7 @@ class MaxPool(Operation):
             rows = len(batch) * height * width
             launch_rows(
                 kernels.max_pool_backward, rows, channels, gradient, where, passes, added, out,
-                rows, height, width, *sides, channels, gradient.stride(2), _row(addend), _row(gate),
+                rows, height, width, *sides, channels, row_of(gradient), row_of(addend), row_of(gate),
                 **_gate_settings(addend, gate), **settings,
             )  # fmt: skip
             return out
@@ -235,7 +259,7 @@ class MeanPool(Operation):
             rows = len(batch) * height * width
             launch_rows(
                 kernels.mean_pool_backward, rows, channels, gradient, passes, added, out, rows, *sizes,
-                gradient.stride(2), _row(addend), _row(gate), **_gate_settings(addend, gate), **settings,
+                row_of(gradient), row_of(addend), row_of(gate), **_gate_settings(addend, gate), **settings,
             )  # fmt: skip
             return out
 

@@ -24,15 +24,14 @@ from igstore.engine.line_network import (
     LineNetwork,
     Materialise,
     Operate,
-    PathPoints,
-    PathValue,
+    LineTensor,
+    LineValue,
     Represent,
     Step,
     Torch,
 )
 from igstore.engine.line_operations import UNBOUNDED, Affine, MaxPool, MeanPool, Operation
 from igstore.engine.modules import replace
-from igstore.engine.stem import Hoisted
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +46,9 @@ _VALUES, _GRADIENTS = 2.0**6, 2.0**4
 
 
 def on_lines(network: nn.Module, pictures: Tensor) -> OnLines | None:
-    """A network with its form for points of lines, or None where it has none.
-
-    Parameters
-    ----------
-    network
-        In evaluation mode, batch norms folded; its first convolution may be `Hoisted`.
-    pictures
-        (image, channel, y, x), at least two, normalised, as `line_network` takes them for the body.
-    """
-    stem, body = (network.stem, network.body) if isinstance(network, Hoisted) else (nn.Identity(), network)
-    with torch.no_grad():
-        images = stem(pictures)
-    lines = line_network(body, images)
-    return None if lines is None else OnLines(network, stem, body, lines)
+    """A network with its form for points of lines, or None where it has none; as `line_network`."""
+    lines = line_network(network, pictures)
+    return None if lines is None else OnLines(network, lines)
 
 
 def line_network(network: nn.Module, images: Tensor) -> LineNetwork | None:
@@ -94,9 +82,6 @@ def line_network(network: nn.Module, images: Tensor) -> LineNetwork | None:
         if isinstance(module, LineConvolution) and len(node.args) == 1 and not node.kwargs:
             fusion._take_sum(node, traced)
             fusion._take_activation(node, module, traced)  # type: ignore[arg-type]
-        elif isinstance(module, ScaleAndShift):
-            _take_clamp(node, traced)
-    _pool_before_clamps(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     with torch.no_grad():
@@ -138,29 +123,6 @@ def _simplify(traced: fx.GraphModule) -> None:
             fusion._take_the_place_of(node.args[0], node, traced)
 
 
-def _take_clamp(node: fx.Node, traced: fx.GraphModule) -> None:
-    """Have a batch norm clamp its results, if a clamp alone reads them."""
-    clamp = next(iter(node.users)) if len(node.users) == 1 else None
-    bounds = None if clamp is None else fusion._bounds(clamp, traced)
-    if clamp is not None and bounds is not None:
-        node.meta["bounds"] = bounds
-        fusion._take_the_place_of(node, clamp, traced)
-
-
-def _pool_before_clamps(traced: fx.GraphModule) -> None:
-    """Have max pooling clamp its results, where it alone reads something clamped; that is the same, for less."""
-    for node in list(traced.graph.nodes):
-        pool = _operation_of(node, traced)
-        clamp = node.args[0] if node.args else None
-        if not isinstance(pool, MaxPool) or not isinstance(clamp, fx.Node) or len(clamp.users) != 1:
-            continue
-        bounds = fusion._bounds(clamp, traced)
-        if bounds is not None and isinstance(clamp.args[0], fx.Node):
-            node.meta["bounds"] = bounds
-            node.replace_input_with(clamp, clamp.args[0])
-            traced.graph.erase_node(clamp)
-
-
 def _number(size: Any) -> int | None:
     """The one number that an option for both axes is."""
     numbers = {size} if isinstance(size, int) else set(size) if isinstance(size, (tuple, list)) else set()
@@ -186,14 +148,14 @@ def _operation_of(node: fx.Node, traced: fx.GraphModule) -> Operation | None:
         return None
     module = fusion._module_of(node, traced)
     if isinstance(module, ScaleAndShift):
-        return Affine(module.scale.flatten(), module.shift.flatten(), node.meta.get("bounds", UNBOUNDED), keeps_size=False)
+        return Affine(module.scale.flatten(), module.shift.flatten(), UNBOUNDED, keeps_size=False)
     names = {"kernel_size": None, "stride": None, "padding": 0}
     found = _options(node, traced, (nn.MaxPool2d, *_MAX_POOLS), **names, dilation=1, ceil_mode=False, return_indices=False)
     if found is not None:
         window, stride, padding = (_number(one) for one in (found[0], found[1] or found[0], found[2]))
         plain = _number(found[3]) == 1 and not found[4] and not found[5]
         if plain and window is not None and stride is not None and padding is not None:
-            return MaxPool(window, stride, padding, node.meta.get("bounds", UNBOUNDED))
+            return MaxPool(window, stride, padding)
         return None
     found = _options(
         node, traced, (nn.AvgPool2d, *_MEAN_POOLS), **names, ceil_mode=False, count_include_pad=True, divisor_override=None
@@ -220,15 +182,48 @@ def _operation_of(node: fx.Node, traced: fx.GraphModule) -> Operation | None:
     return Affine(torch.ones(shape[1], device=device), torch.zeros(shape[1], device=device), bounds, keeps_size=True)
 
 
+# What depends on its only argument affinely, whatever its options are.
+_AFFINE_MODULES = (nn.Conv2d, nn.BatchNorm2d, ScaleAndShift, nn.AvgPool2d, nn.ZeroPad2d)
+_AFFINE_FUNCTIONS = (operator.getitem, torch.unsqueeze, functional.pad, functional.avg_pool2d)
+_AFFINE_METHODS = ("unsqueeze", "contiguous", "permute")
+# What is affine if it is given numbers beside one argument.
+_ARITHMETIC = (operator.mul, operator.truediv, operator.add, operator.sub, torch.mul, torch.div, torch.add, torch.sub)
+
+
+def _affine_nodes(traced: fx.GraphModule) -> list[fx.Node]:
+    """The network's input, and what depends on it affinely."""
+    nodes: list[fx.Node] = []
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            nodes.append(node)
+            continue
+        inputs = node.all_input_nodes
+        if not inputs or not all(one in nodes for one in inputs):
+            continue
+        module = fusion._module_of(node, traced)
+        is_plain = isinstance(module, LineConvolution) and not module.bounded and len(inputs) == 1
+        if (
+            isinstance(module, _AFFINE_MODULES)
+            or is_plain
+            or (node.op == "call_function" and node.target in _AFFINE_FUNCTIONS)
+            or (node.op == "call_function" and node.target in _ARITHMETIC and len(inputs) == 1)
+            or (node.op == "call_method" and node.target in _AFFINE_METHODS)
+            or fusion._is_call(node, traced, _CONCATENATIONS)
+        ):
+            nodes.append(node)
+    return nodes
+
+
 class _Builder:
-    """Makes steps of a graph, whose nodes are values, torch's tensors, or both."""
+    """Makes steps of a graph, whose nodes are on lines, values, or torch's tensors."""
 
     def __init__(self, traced: fx.GraphModule, images: Tensor) -> None:
         self._traced = traced
         self._images = images
         nodes = list(traced.graph.nodes)
-        (self._source,) = [node for node in nodes if node.op == "placeholder"]
         self._output = nodes[-1].args[0]
+        self._on_lines = _affine_nodes(traced)
+        self._lines: list[fx.Node] = []  # those that steps read
         self._steps: list[Step] = []
         self._pending: list[fx.Node] = []  # that torch is to compute together
         self._names = fx.Graph()  # of nodes that stand for others in another form
@@ -236,22 +231,28 @@ class _Builder:
         self._tensors: dict[fx.Node, fx.Node] = {}
         self._makers: dict[fx.Node, Clamped] = {}  # of values
         self._read: set[fx.Node] = set()
+        self._clamps: dict[fx.Node, tuple[float, float]] = {}  # left to the max pooling that reads them
         self._originals: dict[fx.Node, fx.Node] = {}
+        self._concatenations: dict[tuple[fx.Node, ...], fx.Node] = {}  # by parts
 
     def network(self) -> LineNetwork | None:
         """The network, if some of it is convolutions of values."""
         for node in self._traced.graph.nodes:
-            if node.op not in ("placeholder", "output") and not self._take(node):
+            if node.op != "output" and node not in self._on_lines and not self._take(node):
                 self._pending.append(node)
         if not isinstance(self._output, fx.Node) or not any(isinstance(step, Convolve) for step in self._steps):
             return None
         scores = self._tensor(self._output)
         self._flush()
         self._set_scales()
-        return LineNetwork(self._steps, self._source, scores)
+        self._make_room()
+        prefix = self._function(self._on_lines[1:], self._on_lines[:1], self._lines)
+        return LineNetwork(prefix, self._lines, self._steps, scores)
 
     def _take(self, node: fx.Node) -> bool:
         """Add the step that computes a node on values, if there is one."""
+        if node in self._values:  # a clamp that another step has taken over
+            return True
         module = fusion._module_of(node, self._traced)
         if isinstance(module, LineConvolution) and not node.kwargs:
             x, *addends = [self._value(one) for one in node.args if isinstance(one, fx.Node)]
@@ -259,11 +260,17 @@ class _Builder:
             self._read.update(addends)  # their gradients are added to before those of x
             self._gate(step, x)
         elif self._is_concatenation(node):
-            parts = [self._value(one) for one in node.args[0]]  # type: ignore[union-attr]
+            parts = self._without_repetition([self._value(one) for one in node.args[0]])  # type: ignore[union-attr]
             step = Concatenate(parts, node)
+            self._concatenations[tuple(self._value(one) for one in node.args[0])] = node  # type: ignore[union-attr]
             self._read.update(parts)
         elif self._is_near_values(node) and (operation := _operation_of(node, self._traced)) is not None:
             x = self._value(node.args[0])  # type: ignore[arg-type]
+            if self._pools_only(node, operation):
+                self._values[node] = x
+                self._clamps[node] = operation.bounds  # type: ignore[attr-defined]
+                return True
+            operation, node = self._with_clamp(operation, node)
             step = Operate(operation, x, node)
             self._gate(step, x)
         else:
@@ -274,10 +281,49 @@ class _Builder:
             self._makers[node] = step
         return True
 
+    def _pools_only(self, node: fx.Node, operation: Operation) -> bool:
+        """Whether max pooling alone reads a clamp: it can as well clamp its results, of which there are fewer."""
+        reader = next(iter(node.users)) if len(node.users) == 1 else None
+        is_clamp = isinstance(operation, Affine) and operation.keeps_size
+        return is_clamp and reader is not None and isinstance(_operation_of(reader, self._traced), MaxPool)
+
+    def _with_clamp(self, operation: Operation, node: fx.Node) -> tuple[Operation, fx.Node]:
+        """An operation with the clamp before it, if that was left to it, or the one that alone reads its results."""
+        if isinstance(operation, MaxPool):
+            operation.clamp(self._clamps.get(node.args[0], UNBOUNDED))  # type: ignore[arg-type]
+        elif isinstance(operation, Affine) and not operation.keeps_size and len(node.users) == 1:
+            (reader,) = node.users
+            bounds = fusion._bounds(reader, self._traced)
+            if bounds is not None:
+                operation.clamp(bounds)
+                node = reader
+        return operation, node
+
     def _is_near_values(self, node: fx.Node) -> bool:
         """Whether what a node reads is, or can cheaply be, a value."""
         x = node.args[0] if node.args else None
-        return isinstance(x, fx.Node) and (x in self._values or x is self._source)
+        return isinstance(x, fx.Node) and (x in self._values or x in self._on_lines)
+
+    def _without_repetition(self, parts: list[fx.Node]) -> list[fx.Node]:
+        """What is to be concatenated, beginning with a concatenation that there is already."""
+        whole = tuple(parts)
+        for n in range(len(parts) - 1, 1, -1):
+            if whole[:n] in self._concatenations:
+                parts = [self._concatenations[whole[:n]], *parts[n:]]
+                break
+        return parts
+
+    def _make_room(self) -> None:
+        """Have concatenations that others extend make room for these."""
+        made = {step.writes[0]: step for step in self._steps if isinstance(step, Concatenate)}
+        extended: set[fx.Node] = set()
+        for step in reversed(made.values()):
+            first = made.get(step.reads[0])
+            if first is not None and step.reads[0] not in extended:
+                extended.add(step.reads[0])
+                channels = fusion._shape(step.writes[0])[1]
+                first.room = max(step.room, channels)
+                step.room = 0
 
     def _is_concatenation(self, node: fx.Node) -> bool:
         if not fusion._is_call(node, self._traced, _CONCATENATIONS) or not isinstance(node.args[0], (list, tuple)):
@@ -304,21 +350,23 @@ class _Builder:
             self._flush()
         if node not in self._values:
             self._values[node] = self._name(node, "value")
-            make = PathValue if node is self._source else Represent
-            self._steps.append(make(node, self._values[node]))
+            self._steps.append((LineValue if self._is_line(node) else Represent)(node, self._values[node]))
         return self._values[node]
 
     def _tensor(self, node: fx.Node) -> fx.Node:
         """The node as which another one is held as torch's tensor."""
-        if node is self._source:
-            if node not in self._tensors:
-                self._tensors[node] = self._name(node, "tensor")
-                self._steps.append(PathPoints(node, self._tensors[node]))
-        elif node in self._values and self._values[node] is node and node not in self._tensors:
+        made_as_value = self._values.get(node) is node
+        if node not in self._tensors and (made_as_value or node in self._on_lines):
             self._tensors[node] = self._name(node, "tensor")
-            self._steps.append(Materialise(node, self._tensors[node]))
+            self._steps.append((LineTensor if self._is_line(node) else Materialise)(node, self._tensors[node]))
             self._read.add(node)
         return self._tensors.get(node, node)
+
+    def _is_line(self, node: fx.Node) -> bool:
+        """Whether a node is on lines; it is noted that steps read it."""
+        if node in self._on_lines and node not in self._lines:
+            self._lines.append(node)
+        return node in self._on_lines
 
     def _flush(self) -> None:
         """Add a step for what torch is to compute."""
@@ -329,13 +377,17 @@ class _Builder:
         outside = [one for node in nodes for one in node.all_input_nodes if one not in inside]
         inputs = list(dict.fromkeys(outside))
         outputs = [node for node in nodes if node is self._output or any(user not in inside for user in node.users)]
+        reads = [self._tensor(node) for node in inputs]
+        self._steps.append(Torch(self._function(nodes, inputs, outputs), reads, outputs))
+
+    def _function(self, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
+        """Some nodes as a function from what some hold to what others hold, a tuple."""
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in inputs}
         for node in nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in outputs))
-        reads = [self._tensor(node) for node in inputs]
-        self._steps.append(Torch(fx.GraphModule(self._traced, graph), reads, outputs))
+        return fx.GraphModule(self._traced, graph)
 
     # --- Sizes
 
@@ -374,7 +426,7 @@ class _Builder:
             node: (_power(largest[root(node)], _VALUES), _power(steepest[root(node)], _GRADIENTS)) for node in held
         }
         for step in self._steps:
-            if isinstance(step, (PathValue, Represent)):
+            if isinstance(step, (LineValue, Represent)):
                 step.scale, step.gradient_scale = scales[step.writes[0]]
             elif isinstance(step, Materialise):
                 step.scale, step.gradient_scale = scales[step.reads[0]]
@@ -396,8 +448,6 @@ def _largest(traced: fx.GraphModule, images: Tensor) -> tuple[dict[fx.Node, floa
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            if "bounds" in n.meta:
-                result = result.clamp(*n.meta["bounds"])
             if isinstance(result, Tensor) and result.requires_grad and result.is_floating_point():
                 result.retain_grad()
                 made[n] = result

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -27,8 +28,11 @@ from zarr.storage import MemoryStore
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.storage import layout
-from igstore.storage.arrays import NOT_THERE, ImageArray, Recording, reading
-from igstore.storage.sources import LocalFiles, Part, Recorded, Source
+from igstore.storage.arrays import ImageArray, Recording
+from igstore.storage.files import Part, Recorded
+from igstore.storage.mapped import map_array
+from igstore.storage.reading import NOT_THERE, parse_json, reading
+from igstore.storage.sources import LocalFiles, Source
 
 _ROOT = "zarr.json"
 _CHECKSUM_BYTES = 4  # of a shard's index
@@ -79,9 +83,17 @@ class ZarrForm:
     def rankings(self) -> list[str]:
         """The names of what is in the group ``ranks``."""
         if isinstance(self.source, LocalFiles):
-            return sorted(path.parent.name for path in (self.source.root / "ranks").glob("*/zarr.json"))
+            ranks = self.source.root / "ranks"
+            with reading(ranks), suppress(*NOT_THERE):
+                return sorted(name for name in os.listdir(ranks) if (ranks / name / _ROOT).is_file())
+            return []
         parts = [name.split("/") for name in self._consolidated]
         return sorted(name for group, *rest in parts if group == "ranks" and len(rest) == 1 for name in rest)
+
+    @property
+    def said(self) -> Mapping[str, str]:
+        """As `igstore.storage.sources.Source.said`."""
+        return self.source.said
 
     def records(self, names: Sequence[str]) -> list[bytes | None]:
         """Records, by name of file; None for those that are not there."""
@@ -102,9 +114,11 @@ class ZarrForm:
         return ZarrArray(self, name, recorded)
 
     def scalars(
-        self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int
+        self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int, recorded: Recording
     ) -> Iterator[tuple[int, NDArray[Any] | None]]:
         """The values (image,) of a per-image variable in some shards, as long as a whole one; None where missing.
+
+        What comes from afar must be what `recorded` says, of shards that it knows.
 
         Raises
         ------
@@ -125,7 +139,9 @@ class ZarrForm:
         left = iter(shards)
         while some := list(itertools.islice(left, _MANY)):
             names = [layout.shard_file(name, shard, 1) for shard in some]
-            for shard, file, content in zip(some, names, self.source.read_many(names), strict=True):
+            records = [] if isinstance(self.source, LocalFiles) else list(map(recorded, some))
+            were = [record and record["files"].get(file) for file, record in zip(names, records, strict=False)]
+            for shard, file, content in zip(some, names, self.source.read_many(names, were), strict=True):
                 with reading(f"{self.where}/{file}"):
                     values = None if content is None else _values(content, dtype, shard_size)
                 yield shard, values
@@ -176,7 +192,7 @@ class ZarrForm:
 
     def _json(self, file: str) -> dict[str, Any]:
         with reading(f"{self.where}/{file}"):
-            document = json.loads(self.source.read(file))
+            document = parse_json(self.source.read(file))
             if not isinstance(document, dict):
                 raise TypeError(f"it is a {type(document).__name__}")
             return document
@@ -211,7 +227,7 @@ class ZarrArray(ImageArray):
             index, count = self._index(shard, recorded), self._count(shard)
             starts = np.arange(count, dtype=np.uint64) * np.uint64(self._image_bytes)
             is_one_run = (index[:, 0] == starts).all()
-            return np.memmap(path, self.dtype, "r", shape=(count, *self.shape[1:])) if is_one_run else None
+            return map_array(path, self.dtype, 0, (count, *self.shape[1:])) if is_one_run else None
 
     def _read_unmapped(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         with self._reading(shard):
@@ -222,18 +238,15 @@ class ZarrArray(ImageArray):
     def _read_chunks(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         """Images by where the shard's index says that they are."""
         index = self._index(shard, recorded)
-        chunks = index[np.unique(within)]
-        chunks = chunks[chunks[:, 0] != _ABSENT].astype(np.int64)
-        parts = _runs(chunks, self._source.gap)
+        parts = _runs(index[np.unique(within)].astype(np.int64), self._source.gap)
         contents = self._source.read_parts(self._file(shard), parts, recorded)
         starts = np.array([first for first, _ in parts])
         result = np.zeros((len(within), *self.shape[1:]), self.dtype)
         flat = result.reshape(len(within), -1).view(np.uint8)  # (image, byte)
         for place, (offset, length) in enumerate(index[within].tolist()):
-            if offset != _ABSENT:
-                run = int(np.searchsorted(starts, offset, side="right")) - 1
-                chunk = memoryview(contents[run])[offset - starts[run] :][:length]
-                self._decode(chunk, flat[place])
+            run = int(np.searchsorted(starts, offset, side="right")) - 1
+            chunk = memoryview(contents[run])[offset - starts[run] :][:length]
+            self._decode(chunk, flat[place])
         return result
 
     def _decode(self, chunk: memoryview, out: NDArray[np.uint8]) -> None:
@@ -255,7 +268,9 @@ class ZarrArray(ImageArray):
             if google_crc32c.value(content[:n_bytes]) != int.from_bytes(content[n_bytes:], "little"):
                 raise ValueError("its index has changed since it was written")
             index = np.frombuffer(content, "<u8", 2 * self._count(shard)).reshape(-1, 2)
-            offset, length = index[index[:, 0] != _ABSENT].T
+            offset, length = index.T
+            if (offset == _ABSENT).any():
+                raise ValueError("its index lacks images, though the shard is finished")
             if (offset > end).any() or (length > np.uint64(end) - offset).any():
                 raise ValueError("its index points out of it")
             if self._encoding == "raw" and (length != self._image_bytes).any():

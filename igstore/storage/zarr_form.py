@@ -8,7 +8,6 @@ in one go. What is compressed otherwise goes through zarr-python, which needs a 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,12 +18,7 @@ from typing import Any
 import google_crc32c
 import numcodecs
 import numpy as np
-import zarr
-import zarr.errors
 from numpy.typing import NDArray
-from zarr.buffer import default_buffer_prototype
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, VLenUTF8Codec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.storage import layout
@@ -33,6 +27,7 @@ from igstore.storage.files import Part, Recorded
 from igstore.storage.mapped import map_array
 from igstore.storage.reading import NOT_THERE, parse_json, reading
 from igstore.storage.sources import LocalFiles, Source
+from igstore.storage.zarr_metadata import ArrayMetadata, array_metadata
 
 _ROOT = "zarr.json"
 _CHECKSUM_BYTES = 4  # of a shard's index
@@ -129,9 +124,7 @@ class ZarrForm:
         """
         dtype = variable.numpy_dtype
         array = self.metadata(name)
-        codecs = getattr(array.metadata, "codecs", None)
-        expected = (VLenUTF8Codec(),) if dtype.kind == "T" else (_plain(dtype),)
-        if array.dtype != dtype or array.ndim != 1 or array.chunks != (shard_size,) or codecs != expected:
+        if array.dtype != dtype or array.chunks != (shard_size,) or array.encoding != "plain":
             raise DamagedStoreError(
                 f"{self.where}/{name} is {array.dtype} {array.shape}; it must be {dtype}, plain, in chunks of "
                 f"{shard_size}"
@@ -157,15 +150,14 @@ class ZarrForm:
             n_bytes += sum(size or 0 for size in sizes)
         return n_bytes >= n_images * layout.LISTED[name].numpy_dtype.itemsize
 
-    def metadata(self, name: str) -> zarr.Array[Any]:
-        """An array as zarr-python sees it, for its metadata alone."""
+    def metadata(self, name: str) -> ArrayMetadata:
+        """What the metadata of an array say."""
         try:
-            content = json.dumps(self._document(name)).encode()
+            document = self._document(name)
         except NOT_THERE as error:
             raise StoreNotFoundError(f"{self.where} has no array {name}") from error
         with reading(f"{self.where}/{name}"):
-            buffer = default_buffer_prototype().buffer.from_bytes(content)
-            return zarr.open_array(MemoryStore({_ROOT: buffer}), mode="r", zarr_format=3)
+            return array_metadata(document)
 
     def _document(self, name: str) -> dict[str, Any]:
         """The metadata of an array. Who cannot list files goes by the copy in the root's, and saves a request."""
@@ -211,10 +203,8 @@ class ZarrArray(ImageArray):
         self._source = form.source
         self._indices: dict[int, NDArray[np.uint64]] = {}
         array = form.metadata(name)
-        with reading(f"{form.where}/{name}"):
-            shard_size = (array.shards or array.chunks)[0]
-            self._encoding = _encoding(array)
-            super().__init__(form.where, name, array.shape, np.dtype(array.dtype), shard_size, recorded)
+        self._encoding = array.encoding
+        super().__init__(form.where, name, array.shape, array.dtype, array.chunks[0], recorded)
         self._image_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _new_map(self, shard: int, recorded: Recorded) -> NDArray[Any] | None:
@@ -231,9 +221,9 @@ class ZarrArray(ImageArray):
 
     def _read_unmapped(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         with self._reading(shard):
-            if self._encoding is None:
-                return self._read_through_zarr(shard, within)
-            return self._read_chunks(shard, within, recorded)
+            if self._encoding in ("raw", "zstd"):
+                return self._read_chunks(shard, within, recorded)
+            return self._read_through_zarr(shard, within)
 
     def _read_chunks(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         """Images by where the shard's index says that they are."""
@@ -284,11 +274,14 @@ class ZarrArray(ImageArray):
                 f"{self.where} is compressed in a way that is only read from a folder; copy the store, or have it "
                 "exported with --compress zstd"
             )
+        import zarr  # takes long to load, and seldom reads
+
         array = zarr.open_array(self._source.root / self.name, mode="r", zarr_format=3)
         first = shard * self.shard_size
         # runs of neighbours in one request each
         runs = np.split(within, np.flatnonzero(np.diff(within) != 1) + 1)
-        return np.concatenate([np.asarray(array[first + run[0] : first + run[-1] + 1]) for run in runs])
+        found = np.concatenate([np.asarray(array[first + run[0] : first + run[-1] + 1]) for run in runs])
+        return np.ascontiguousarray(found)  # zarr-python may be configured to give another order
 
     @contextmanager
     def _reading(self, shard: int) -> Iterator[None]:
@@ -301,27 +294,6 @@ class ZarrArray(ImageArray):
                 f"{what}: its file {self._file(shard)} is missing, though its record says that it was written; "
                 "run the build again to repair it"
             ) from error
-
-
-def _encoding(array: zarr.Array[Any]) -> str | None:
-    """How an image's chunk is encoded: ``raw``, ``zstd``, or None for anything else, or where there are no shards."""
-    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
-    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
-        return None
-    sharding = codecs[0]
-    inner: tuple[Any, ...] = tuple(sharding.codecs)
-    is_indexed = sharding.index_codecs == (BytesCodec(), Crc32cCodec()) and sharding.index_location.value == "end"
-    is_one_image = sharding.chunk_shape == (1, *array.shape[1:])
-    if not is_indexed or not is_one_image or not inner or inner[0] != _plain(array.dtype):
-        return None
-    if len(inner) == 1:
-        return "raw"
-    return "zstd" if len(inner) == 2 and isinstance(inner[1], ZstdCodec) else None
-
-
-def _plain(dtype: np.dtype[Any]) -> BytesCodec:
-    """The codec of little-endian bytes as they are; single bytes have no order."""
-    return BytesCodec(endian=None) if dtype.itemsize == 1 else BytesCodec()
 
 
 def _runs(chunks: NDArray[np.int64], gap: int) -> list[Part]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,13 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     DamagedStoreError
         A shard is not what its record says.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
     rankings = [store.ranking(name) for name in store.rankings]
+    for image_id in store.image_ids:
+        if "\0" in image_id:
+            raise UserError(f"the image id {image_id!r} has a zero byte, which HDF5's texts cannot have")
     alignment = {"alignment_threshold": _ALIGNMENT, "alignment_interval": _ALIGNMENT}
     # the oldest format in which an attribute may exceed 64 kB, as a list of class names may
-    with h5py.File(path, "x", libver=("v110", "v110"), **alignment) as file:
+    with new_file(path, libver=("v110", "v110"), **alignment) as file:
         raw = {name: value for name, value in store.attributes.items() if name != "compress"}
         _lay_out(file, store, None, files.sealed(raw))
         for ranking in rankings:
@@ -61,7 +62,62 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
                 _write_shard(file, ranking, ranking.name, shard, attribution_sha256=store.attribution_sha256(record))
             first, last = store.bounds(shard)
             progress.advance(last - first)
+
+
+@contextmanager
+def new_file(path: Path, **options: Any) -> Iterator[Any]:
+    """A new HDF5 file to write, as h5py has it with these `options`; on the disk when the context ends.
+
+    Raises
+    ------
+    UserError
+        h5py is not installed.
+    OSError
+        It cannot be written; a full disk among other things.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
+    with _Target(path) as target:
+        with h5py.File(target, "w", **options) as file:
+            try:
+                yield file
+                file.flush()
+            finally:
+                target.is_closing = True
+        if target.failure:
+            raise target.failure
     files.flush(path)
+
+
+class _Target(io.FileIO):
+    """A new file for HDF5 to write to, without locks. HDF5 crashes if it fails to write what it holds as it closes.
+
+    So only the first failure reaches HDF5, and none while it closes; what it writes after one is thrown away.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "x+")
+        self.is_closing = False
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """As `io.RawIOBase.write`, but that all is written."""
+        left = memoryview(content).cast("B")
+        n_bytes = len(left)
+        try:
+            while left and self.failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = error
+            if not self.is_closing:
+                raise
+        return n_bytes
+
+    def truncate(self, size: int | None = None) -> int:
+        """As `io.RawIOBase.truncate`."""
+        return super().truncate(size) if self.failure is None else 0
 
 
 def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping[str, Any]) -> None:

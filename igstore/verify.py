@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from igstore import cli
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
+from igstore.names import is_foreign
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
 from igstore.storage import files
@@ -277,7 +278,8 @@ def _orphans(store: StoreReader, rankings: Sequence[RankingReader]) -> list[Find
     known |= {f"ranks/{ranking.name}/zarr.json" for ranking in rankings}
     findings = []
     for folder, folders, names in os.walk(store.root):
-        for name in (*folders, *names):
+        folders[:] = [name for name in folders if not is_foreign(name)]
+        for name in (*folders, *(name for name in names if not is_foreign(name))):
             path = Path(folder, name)
             file = path.relative_to(store.root).as_posix()
             mode = path.lstat().st_mode

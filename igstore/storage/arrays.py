@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError
 from igstore.storage import layout
-from igstore.storage.files import Recorded
+from igstore.storage.reading import Recorded
 
 Recording = Callable[[int], dict[str, Any] | None]  # the record of a shard, None where it is not finished
 

@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 from igstore.errors import DamagedStoreError, IgstoreError
 from igstore.storage import files
-from igstore.storage.files import Recorded
-from igstore.storage.reading import NOT_THERE, access_error
+from igstore.storage.reading import NOT_THERE, Recorded, access_error
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,14 @@ import json
 import os
 import re
 import socket
-import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-
-Recorded = Mapping[str, Any]  # a file's ``bytes``, ``crc32c`` and ``sha256``, as its record has them
-Part = tuple[int, int]  # of a file: first byte, and the one after the last
 
 _PIECE_BYTES = 1 << 18  # stays in the processor's cache
 
@@ -103,44 +99,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a file to read from; what is no file, such as a pipe, is not waited for.
-
-    Raises
-    ------
-    ValueError
-        It is no regular file.
-    OSError
-        It cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise ValueError("it is not a regular file")
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """A whole file; what is no file, or has more than `most` bytes, is a ValueError, and not read."""
-    with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise ValueError(f"it has {size} bytes; such a file has at most {most}")
-        return file.read()
-
-
-def read_parts(path: Path, parts: Sequence[Part]) -> list[bytes]:
-    """Parts of a file; a ValueError where it is too short."""
-    contents = []
-    with open(open_regular(path), "rb") as file:
-        for first, last in parts:
-            file.seek(first)
-            contents.append(file.read(last - first))
-            if len(contents[-1]) != last - first:
-                raise ValueError("it is shorter than it must be")
-    return contents
-
-
 def checksum(path: Path) -> dict[str, Any]:
     """What a record holds of a file: `checksum_of` its pieces."""
     return checksum_of(_pieces(path))
@@ -155,7 +113,7 @@ def checksum_of(pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
     n_bytes, crc, digest = 0, 0, hashlib.sha256()
     for piece in pieces:
         n_bytes += memoryview(piece).nbytes  # its length may be in images
-        crc = extended(crc, piece)
+        crc = _extended(crc, piece)
         digest.update(piece)
     return {"bytes": n_bytes, "crc32c": f"{crc:08x}", "sha256": digest.hexdigest()}
 
@@ -164,12 +122,11 @@ def crc32c(path: Path) -> str:
     """A file's CRC-32C in hex, as a record holds it."""
     crc = 0
     for piece in _pieces(path):
-        crc = extended(crc, piece)
+        crc = _extended(crc, piece)
     return f"{crc:08x}"
 
 
-def extended(crc: int, piece: bytes | memoryview) -> int:
-    """The CRC-32C of what has the CRC-32C `crc` and then a piece more; of nothing, it is 0."""
+def _extended(crc: int, piece: bytes | memoryview) -> int:
     # through NumPy, because it does not take a memoryview
     return int(google_crc32c.extend(crc, np.frombuffer(piece, np.uint8)))
 
@@ -177,6 +134,6 @@ def extended(crc: int, piece: bytes | memoryview) -> int:
 def _pieces(path: Path) -> Iterator[memoryview]:
     """A file's contents, piece by piece; each is gone when the next one is asked for."""
     piece = memoryview(bytearray(_PIECE_BYTES))
-    with open(open_regular(path), "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while n_bytes := file.readinto(piece):
             yield piece[:n_bytes]

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
-from igstore.storage import files, hdf5, layout
+from igstore.storage import hdf5, layout
 from igstore.storage.arrays import ImageArray, Recording
-from igstore.storage.files import Recorded
 from igstore.storage.mapped import map_array
-from igstore.storage.reading import parse_json, reading
+from igstore.storage.reading import Recorded, open_regular, parse_json, read_parts, reading
 
 
 class Hdf5Form:
@@ -58,7 +57,7 @@ class Hdf5Form:
 
     def attributes(self) -> dict[str, Any]:
         """Those of the root, as `ZarrForm.attributes`."""
-        with reading(self.where), open(files.open_regular(self.path), "rb") as content:
+        with reading(self.where), open(open_regular(self.path), "rb") as content:
             is_hdf5 = content.read(len(hdf5.SIGNATURE)) == hdf5.SIGNATURE
         if not is_hdf5:
             raise StoreNotFoundError(f"{self.where} is neither a folder nor an HDF5 file, so it is no store")
@@ -176,7 +175,7 @@ class Hdf5Array(ImageArray):
     def _read_unmapped(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         starts = self._offset + (shard * self.shard_size + within) * self._image_bytes
         with reading(self.where):
-            images = files.read_parts(self._path, [(start, start + self._image_bytes) for start in starts.tolist()])
+            images = read_parts(self._path, [(start, start + self._image_bytes) for start in starts.tolist()])
             return np.frombuffer(b"".join(images), self.dtype).reshape(-1, *self.shape[1:])
 
 

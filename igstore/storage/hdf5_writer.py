@@ -98,7 +98,7 @@ class _Target(io.FileIO):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "x+")
+        super().__init__(path, "w+")
         self.is_closing = False
         self.failure: OSError | None = None
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.storage.files import open_regular
+from igstore.storage.reading import open_regular
 
 # Python's own maps hold a descriptor each, and a store may have more shards than a process may open files.
 _libc = ctypes.CDLL(None)

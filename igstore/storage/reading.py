@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from igstore.errors import AccessError, DamagedStoreError, IgstoreError, OutOfMemoryError
+
+Recorded = Mapping[str, Any]  # a file's ``bytes``, ``crc32c`` and ``sha256``, as its record has them
+Part = tuple[int, int]  # of a file: first byte, and the one after the last
 
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
@@ -105,3 +111,41 @@ def parse_json(content: bytes | str) -> Any:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a file to read from; what is no file, such as a pipe, is not waited for.
+
+    Raises
+    ------
+    ValueError
+        It is no regular file.
+    OSError
+        It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ValueError("it is not a regular file")
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """A whole file; what is no file, or has more than `most` bytes, is a ValueError, and not read."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size} bytes; such a file has at most {most}")
+        return file.read()
+
+
+def read_parts(path: Path, parts: Sequence[Part]) -> list[bytes]:
+    """Parts of a file; a ValueError where it is too short."""
+    contents = []
+    with open(open_regular(path), "rb") as file:
+        for first, last in parts:
+            file.seek(first)
+            contents.append(file.read(last - first))
+            if len(contents[-1]) != last - first:
+                raise ValueError("it is shorter than it must be")
+    return contents

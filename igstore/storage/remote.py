@@ -18,12 +18,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from igstore.errors import AccessError, DamagedStoreError, IgstoreError, ReplacedError, UnreachableError, UserError
-from igstore.storage import files, servers
+from igstore.storage import servers
 from igstore.storage.addresses import shown
 from igstore.storage.cache import ShardCache
-from igstore.storage.files import Part, Recorded
-from igstore.storage.reading import MOST_METADATA, MOST_SMALL, access_error
+from igstore.storage.reading import MOST_METADATA, MOST_SMALL, Part, Recorded, access_error, read_parts
 from igstore.storage.servers import (
     BusyError,
     NoPartsError,
@@ -130,7 +131,7 @@ class RemoteFiles:
             file, said = next(iter(self.said.items()))
             logger.warning("%s: the server says %s to %s; it is taken not to be there", self.where, said, file)
         for name, content, record in zip(names, contents, recorded, strict=True):
-            if content is not None and record and f"{files.extended(0, content):08x}" != record["crc32c"]:
+            if content is not None and record and f"{google_crc32c.value(content):08x}" != record["crc32c"]:
                 raise DamagedStoreError(f"{self.where}/{name} has changed since it was written")
         return contents
 
@@ -157,7 +158,7 @@ class RemoteFiles:
                     raise self._absence(file)
                 given = dict(zip(pieces, contents, strict=True))
                 return [b"".join(given[piece] or b"" for piece in _divided(part)) for part in parts]
-        return files.read_parts(kept or self._keep(self._own_cache, file, recorded), parts)
+        return read_parts(kept or self._keep(self._own_cache, file, recorded), parts)
 
     def path(self, file: str, recorded: Recorded) -> Path | None:
         """As `Source.path`."""
@@ -183,7 +184,7 @@ class RemoteFiles:
 
         def add(piece: bytes) -> None:
             nonlocal crc
-            crc = files.extended(crc, piece)
+            crc = google_crc32c.extend(crc, piece)
 
         try:
             (is_there,) = self._fetch([_Wanted(file, None, recorded, begin)], most=recorded["bytes"])

@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any
 
 from igstore.storage.addresses import shown
-from igstore.storage.files import Part
+from igstore.storage.reading import Part
 
 _AT_ONCE = 64  # requests
 _CONNECTING = 10.0  # seconds until a server has to be there

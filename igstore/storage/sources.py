@@ -15,8 +15,17 @@ from urllib.parse import unquote, urlsplit
 
 from igstore.errors import UserError
 from igstore.storage import files
-from igstore.storage.files import Part, Recorded
-from igstore.storage.reading import MOST_METADATA, MOST_SMALL, NOT_THERE, access_error, reading
+from igstore.storage.reading import (
+    MOST_METADATA,
+    MOST_SMALL,
+    NOT_THERE,
+    Part,
+    Recorded,
+    access_error,
+    read_parts,
+    read_whole,
+    reading,
+)
 from igstore.storage.remote import RemoteFiles
 
 T = TypeVar("T")
@@ -79,11 +88,11 @@ class LocalFiles:
 
     def read(self, file: str) -> bytes:
         """As `Source.read`."""
-        return files.read_regular(self.root / file, MOST_METADATA)
+        return read_whole(self.root / file, MOST_METADATA)
 
     def read_many(self, names: Sequence[str], recorded: Sequence[Recorded | None] = ()) -> list[bytes | None]:
         """As `Source.read_many`."""
-        return [_or_none(self.root / name, partial(files.read_regular, most=MOST_SMALL)) for name in names]
+        return [_or_none(self.root / name, partial(read_whole, most=MOST_SMALL)) for name in names]
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """As `Source.sizes`."""
@@ -96,7 +105,7 @@ class LocalFiles:
 
     def read_parts(self, file: str, parts: Sequence[Part], recorded: Recorded) -> list[bytes]:
         """As `Source.read_parts`."""
-        return files.read_parts(self.root / file, parts)
+        return read_parts(self.root / file, parts)
 
     def path(self, file: str, recorded: Recorded) -> Path:
         """As `Source.path`."""

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray, Recording
-from igstore.storage.files import Part, Recorded
 from igstore.storage.mapped import map_array
-from igstore.storage.reading import NOT_THERE, parse_json, reading
+from igstore.storage.reading import NOT_THERE, Part, Recorded, parse_json, reading
 from igstore.storage.sources import LocalFiles, Source
 from igstore.storage.zarr_metadata import ArrayMetadata, array_metadata
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-_URL = re.compile(r"""([\w+.:-]+://)(?:[^\s/?#'"@]*@)?([^\s?#'"]*)(?:[?#][^\s'")>]*)?""")
+_URL = re.compile(r"""([\w+.:-]+://)(?:[^\s/'"]*@)?([^\s?#'"]*)(?:[?#][^\s'")>]*)?""")
 
 
 def is_url(address: str | os.PathLike[str]) -> bool:

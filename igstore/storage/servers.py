@@ -96,14 +96,14 @@ class Budget:
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._received = 0
         self._start = time.monotonic()
 
     def take(self, n_bytes: int) -> None:
         """Count bytes that were received; raises `TooLongError` where they are too many."""
         self._received += n_bytes
-        if self._received > self._most:
+        if self._received > self.most:
             raise TooLongError
 
     @property
@@ -171,6 +171,8 @@ async def get(
         async with asyncio.timeout_at(budget.deadline) as clock:
             async with _asking(filesystem)(filesystem, url, part) as (reply, pieces):
                 check(reply)
+                if part is None and (reply.size or 0) > budget.most:
+                    raise TooLongError
                 async for piece in pieces:
                     n_bytes += len(piece)
                     if expected is not None and n_bytes > expected:
@@ -281,7 +283,7 @@ def _reply(status: int, headers: Mapping[str, str], part: Part | None, whence: s
     size = None if is_encoded else _number(headers.get("content-length"))
     if status == 206 and part is not None and not is_encoded:
         size = _size_of_whole(headers.get("content-range", ""), part)
-    elif status not in (200, 206):
+    elif status != 200 and (status != 206 or part is None):
         raise UselessError(said)
     elif status == 206 or part not in (None, (0, size)):
         raise NoPartsError

@@ -177,7 +177,10 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     unknown = len(classes) - 1
     shape = (len(built), _CHANNELS, *store.spec.preprocessing.crop)
     path.mkdir()
-    with new_file(path / "input.h5") as inputs, new_file(path / "attribution.h5") as attributions:
+    with (
+        new_file(path / "input.h5") as (inputs, check_inputs),
+        new_file(path / "attribution.h5") as (attributions, check_attributions),
+    ):
         inputs["label"] = np.where(labels == UNKNOWN_LABEL, unknown, labels).astype(np.uint16)
         attributions["label"] = targets.astype(np.uint16)
         data = inputs.create_dataset("data", shape, np.uint8)
@@ -189,6 +192,8 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
             data[of_piece] = piece.pixels
             maps[of_piece] = piece.attribution * np.float32(piece.attribution.shape[1] / _CHANNELS)
             prediction[of_piece] = predictions[of_piece, np.newaxis] == np.arange(len(classes))
+            check_inputs()
+            check_attributions()
     files.write_atomically(path / "label-map.json", (json.dumps(classes, indent=1) + "\n").encode())
     files.write_json(path / "project.yaml", _project(store))  # JSON is YAML
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
             raise UserError(f"the image id {image_id!r} has a zero byte, which HDF5's texts cannot have")
     alignment = {"alignment_threshold": _ALIGNMENT, "alignment_interval": _ALIGNMENT}
     # the oldest format in which an attribute may exceed 64 kB, as a list of class names may
-    with new_file(path, libver=("v110", "v110"), **alignment) as file:
+    with new_file(path, libver=("v110", "v110"), **alignment) as (file, check):
         raw = {name: value for name, value in store.attributes.items() if name != "compress"}
         _lay_out(file, store, None, files.sealed(raw))
         for ranking in rankings:
@@ -60,13 +60,18 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
             record = _write_shard(file, store, None, shard)
             for ranking in rankings:
                 _write_shard(file, ranking, ranking.name, shard, attribution_sha256=store.attribution_sha256(record))
+            check()
             first, last = store.bounds(shard)
             progress.advance(last - first)
 
 
 @contextmanager
-def new_file(path: Path, **options: Any) -> Iterator[Any]:
+def new_file(path: Path, **options: Any) -> Iterator[tuple[Any, Callable[[], None]]]:
     """A new HDF5 file to write, as h5py has it with these `options`; on the disk when the context ends.
+
+    Yields
+    ------
+    The file, and a function to call now and then, which raises what went wrong so far.
 
     Raises
     ------
@@ -80,44 +85,47 @@ def new_file(path: Path, **options: Any) -> Iterator[Any]:
     except ImportError as error:
         raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
     with _Target(path) as target:
-        with h5py.File(target, "w", **options) as file:
-            try:
-                yield file
-                file.flush()
-            finally:
-                target.is_closing = True
-        if target.failure:
-            raise target.failure
+        try:
+            with h5py.File(target, "w", **options) as file:
+                yield file, target.check
+        finally:
+            target.check()  # rather than what HDF5 says of what it does not find again
     files.flush(path)
 
 
 class _Target(io.FileIO):
-    """A new file for HDF5 to write to, without locks. HDF5 crashes if it fails to write what it holds as it closes.
+    """A new file for HDF5 to write to, without locks.
 
-    So only the first failure reaches HDF5, and none while it closes; what it writes after one is thrown away.
+    HDF5 is never told that something could not be written: it would crash, at the latest when it closes the file.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w+")
-        self.is_closing = False
-        self.failure: OSError | None = None
+        self._failure: OSError | None = None
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._failure:
+            raise self._failure
 
     def write(self, content: Any) -> int:
-        """As `io.RawIOBase.write`, but that all is written."""
+        """As `io.RawIOBase.write`; all is written, or thrown away once something could not be."""
         left = memoryview(content).cast("B")
         n_bytes = len(left)
         try:
-            while left and self.failure is None:
+            while left and not self._failure:
                 left = left[super().write(left) :]
         except OSError as error:
-            self.failure = error
-            if not self.is_closing:
-                raise
+            self._failure = error
         return n_bytes
 
     def truncate(self, size: int | None = None) -> int:
         """As `io.RawIOBase.truncate`."""
-        return super().truncate(size) if self.failure is None else 0
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._failure = error
+            return 0
 
 
 def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ Part = tuple[int, int]  # of a file: first byte, and the one after the last
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 MOST_METADATA = 2**24  # bytes of a file of metadata
-MOST_SMALL = 2**26  # bytes of a small file, or of those that are fetched together
+MOST_SMALL = 2**28  # bytes of small files that are read together
 _MOST_CONTAINERS = 100_000  # of a JSON text: each takes thirty times the memory of the text that makes it
 
 _NO_FILE_SYSTEM = "the disk or mount that it is on is not there any more; look whether it is mounted"

@@ -92,7 +92,11 @@ class LocalFiles:
 
     def read_many(self, names: Sequence[str], recorded: Sequence[Recorded | None] = ()) -> list[bytes | None]:
         """As `Source.read_many`."""
-        return [_or_none(self.root / name, partial(read_whole, most=MOST_SMALL)) for name in names]
+        contents, left = [], MOST_SMALL
+        for name in names:
+            contents.append(_or_none(self.root / name, partial(read_whole, most=left)))
+            left -= len(contents[-1] or b"")
+        return contents
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """As `Source.sizes`."""

@@ -21,10 +21,11 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from igstore.blocks import block_grid
-from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
+from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
 from igstore.storage.reader import Sharded, StoreReader
+from igstore.storage.reading import MOST_METADATA, NOT_THERE, parse_json, read_whole, reading
 from igstore.storage.zarr_metadata import ZSTD, array_document, group_document
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -291,8 +292,9 @@ def _write_documents(path: Path, documents: Mapping[str, bytes]) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file says; None where it is not there, or not JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        with reading(path):
+            return parse_json(read_whole(path, MOST_METADATA))
+    except (DamagedStoreError, *NOT_THERE):
         return None
 
 

@@ -697,6 +697,7 @@ def fuzz(seeds: range, folder: Path, intact: Path, tmp_path: Path, monkeypatch: 
     """Read through such servers: what comes is right, or an error of igstore's own."""
     monkeypatch.setattr(remote, "_PAUSE", 0)
     monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0)
+    monkeypatch.setattr(servers, "_SILENCE", 1)
     expected = open_store(intact).compute()
     outcomes: dict[str, int] = {}
     with http_server(folder) as served:

@@ -307,13 +307,13 @@ class RemoteFiles:
 
     def _pause(self, attempt: int, file: str, error: Exception) -> None:
         """Wait until it is time to ask again; raise `UnreachableError` where it is not worth it."""
+        what, pause = f"{self.where}/{file} could not be read", getattr(error, "pause", None)
         said = str(error) if isinstance(error, BusyError) else f"{type(error).__name__}: {error}"
-        said = f"{self.where}/{file} could not be read{{}}: {' '.join(shown(said).split()):.200}"
+        said = " ".join(shown(said).split())[:200]
         if attempt + 1 == _ATTEMPTS:
-            raise UnreachableError(said.format(f", in {_ATTEMPTS} attempts"))
-        pause = getattr(error, "pause", None)
+            raise UnreachableError(f"{what}, in {_ATTEMPTS} attempts: {said}")
         if pause is not None and pause > _LONGEST_PAUSE:
-            raise UnreachableError(f"{said.format('')}; it wants to be asked again in {pause:.0f} seconds")
+            raise UnreachableError(f"{what}: {said}; it wants to be asked again in {pause:.0f} seconds")
         time.sleep(_PAUSE * 2**attempt if pause is None else pause)
 
 

@@ -45,7 +45,7 @@ def appearing(out: Path) -> Iterator[Path]:
     except IgstoreError:
         raise
     except OSError as error:
-        raise access_error(f"{out} cannot be written", error) or error from error
+        raise access_error(f"{out} cannot be written", error) from error
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
 

@@ -200,7 +200,7 @@ class RemoteFiles:
         try:
             folder = tempfile.TemporaryDirectory(prefix="igstore-")
         except OSError as error:
-            raise access_error("no temporary folder can be made", error) or error from error
+            raise access_error("no temporary folder can be made", error) from error
         weakref.finalize(self, folder.cleanup)
         logger.warning(
             "%s: the server does not give parts of files, so whole shards are fetched; give cache=FOLDER, or set "
@@ -303,7 +303,7 @@ class RemoteFiles:
         if isinstance(error, UselessError):
             raise UnreachableError(f"{what} could not be read: {error}")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise access_error(f"{what} cannot be read", error) or error from None
+            raise access_error(f"{what} cannot be read", error) from None
 
     def _pause(self, attempt: int, file: str, error: Exception) -> None:
         """Wait until it is time to ask again; raise `UnreachableError` where it is not worth it."""

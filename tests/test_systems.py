@@ -161,6 +161,7 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUNNER = """
 import json, os, pickle, sys
 import igstore, igstore.cli, igstore.errors
+from igstore.building.given_maps import GivenMaps
 from igstore.storage.reader import StoreReader
 
 def values(store):
@@ -245,6 +246,13 @@ def test_file_systems_without_maps_are_read(stores, refusing, form):
     expected, *found = run_refused(refusing, [(rule, line) for rule in rules])
     assert isinstance(expected, list)
     assert found == 4 * [expected]
+
+
+def test_maps_to_import_are_read_where_they_cannot_be_mapped(refusing, tmp_path):
+    np.save(tmp_path / "maps.npy", np.arange(24, dtype=np.float32).reshape(2, 3, 4))
+    line = f"GivenMaps({str(tmp_path / 'maps.npy')!r}, ['a', 'b']).read(['b']).sum()"
+    rules = ["", f"mmap:{errno.ENODEV}:maps.npy"]
+    assert run_refused(refusing, [(rule, line) for rule in rules]) == 2 * [sum(range(12, 24))]
 
 
 def test_file_systems_without_locks_are_read_and_written(stores, refusing, tmp_path):

@@ -26,6 +26,16 @@ def checksum(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "crc32c": crc32c, "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def mapped_file(array: np.ndarray) -> str | None:
+    """The file whose bytes an array's are, as the system says; None where they are a copy."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, *_, name = line.split(maxsplit=5)
+        first, last = (int(bound, 16) for bound in bounds.split("-"))
+        if first <= array.ctypes.data < last:
+            return name if name.startswith("/") else None
+    return None
+
+
 def image_ids(n: int) -> list[str]:
     return [f"image_{index:04d}" for index in range(n)]
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import UserError
+from igstore.names import as_seen
 
 _BATCH = 64  # maps in memory at a time
 
@@ -84,8 +85,12 @@ class GivenMaps:
 
 
 def _open(path: Path) -> NDArray[Any]:
+    path = path.expanduser()
     try:
-        values: NDArray[Any] = np.load(path.expanduser(), mmap_mode="r", allow_pickle=False)
+        try:
+            values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError:  # there are file systems without maps; whatever else is wrong is so again
+            values = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the maps cannot be read from {path}: {error}; it must be a .npy file of numbers") from error
     if not isinstance(values, np.ndarray):
@@ -109,4 +114,4 @@ def read_ids(path: str | os.PathLike[str]) -> list[str]:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the ids cannot be read from {path}: {error}; it must be text, an id a line") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [as_seen(line.strip()) for line in lines if line.strip()]

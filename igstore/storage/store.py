@@ -19,23 +19,19 @@ import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
-from zarr.storage import MemoryStore
 
 from igstore.blocks import block_grid
-from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
+from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
 from igstore.storage.reader import Sharded, StoreReader
+from igstore.storage.reading import MOST_METADATA, NOT_THERE, parse_json, read_whole, reading
+from igstore.storage.zarr_metadata import ZSTD, array_document, group_document
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _ROOT = "zarr.json"
 _RANK_ARRAYS = ("/rank/zarr.json", "/share/zarr.json")
-
-# How image-shaped arrays may be compressed, one image at a time.
-_ZSTD: dict[str, Any] = {"level": 3, "checksum": False}
-_COMPRESSORS = {"zstd": ZstdCodec(**_ZSTD)}
 
 
 def create_store(
@@ -119,7 +115,7 @@ def lay_out_store(
             documents |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
     _write_documents(path, documents)
     for name, values in (("image_id", np.array(image_ids, np.dtypes.StringDType())), ("label", labels)):
-        array = zarr.open_array(path / name, mode="r+").with_config({"write_empty_chunks": True})
+        array = zarr.open_array(path / name, mode="r+", zarr_format=3).with_config({"write_empty_chunks": True})
         for shard in range(layout.shard_count(len(image_ids), spec.shard_size)):
             of_shard = slice(*layout.shard_bounds(shard, len(image_ids), spec.shard_size))
             file = path / layout.shard_file(name, shard, 1)
@@ -275,24 +271,15 @@ def _documents(
     attributes: Mapping[str, Any],
     compress: Compress | None,
 ) -> dict[str, bytes]:
-    """The ``zarr.json`` of a group, of those above it and of its arrays, by name of file; made in memory."""
-    memory: dict[str, Any] = {}
-    made = zarr.create_group(MemoryStore(memory), path=group, attributes=dict(attributes))
+    """The ``zarr.json`` of a group, of those above it and of its arrays, by name of file."""
+    home = f"{group}/" if group else ""
+    above = [f"{folder}/" for folder in group.split("/")[:-1]] + [""] if group else []
+    documents = {f"{folder}{_ROOT}": group_document({}) for folder in above}
+    documents[f"{home}{_ROOT}"] = group_document(attributes)
     for name, variable in variables.items():
-        shape = tuple(sizes[dim] for dim in variable.dims)
-        made.create_array(
-            name,
-            shape=shape,
-            shards=(shard_size, *shape[1:]) if variable.is_sharded else None,
-            chunks=(1, *shape[1:]) if variable.is_sharded else (shard_size,),
-            dtype=variable.dtype,
-            fill_value=variable.fill_value,
-            compressors=_COMPRESSORS[compress] if compress and variable.is_sharded else None,
-            filters=None,
-            dimension_names=variable.dims,
-            attributes={"description": variable.description},
-        )
-    return {name: buffer.to_bytes() for name, buffer in memory.items()}
+        shape = [sizes[dim] for dim in variable.dims]
+        documents[f"{home}{name}/{_ROOT}"] = array_document(variable, shape, shard_size, compress)
+    return documents
 
 
 def _write_documents(path: Path, documents: Mapping[str, bytes]) -> None:
@@ -305,8 +292,9 @@ def _write_documents(path: Path, documents: Mapping[str, bytes]) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file says; None where it is not there, or not JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        with reading(path):
+            return parse_json(read_whole(path, MOST_METADATA))
+    except (DamagedStoreError, *NOT_THERE):
         return None
 
 
@@ -363,7 +351,7 @@ def _shard(values: NDArray[Any], shard_size: int, compress: Compress | None) -> 
     """
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     if compress:
-        codec = Zstd(**_ZSTD)
+        codec = Zstd(**ZSTD)
         pieces = [codec.encode(image) for image in values]
         lengths = np.array([len(piece) for piece in pieces])
     else:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from igstore.engine.backward import Bfloat16Backward
-from igstore.engine.line_integral import OnLines
+from igstore.engine.lines.integral import OnLines
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule

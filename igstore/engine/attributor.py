@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.engine.acceleration import accelerate
 from igstore.engine.baselines import baseline_pixels
+from igstore.engine.lines.integral import OnLines
 from igstore.engine.memory import available_memory, gradient_bytes
-from igstore.engine.line_tracing import on_lines
 from igstore.engine.stem import hoist_stem
 from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
@@ -83,7 +83,7 @@ class Attributor:
         with self._failures(), numerics("float32", device):
             mixed = spec.precision == "mixed"
             self.network = accelerate(classifier.network, probe, own_convolutions=not mixed)
-            lines = on_lines(self.network, self._pictures()) if mixed else None
+            lines = OnLines.of(self.network, self._pictures()) if mixed else None
             self.network = lines or hoist_stem(self.network, probe)
         with self._failures(), numerics(spec.precision, device):
             self.n_classes = logits(self.network, probe, 1).shape[1]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from igstore.engine.line import Batch, batch_of
-from igstore.engine.line_network import LineNetwork, Path
+from igstore.engine.lines import reference
+from igstore.engine.lines.points import Points, points_of
+from igstore.engine.lines.steps import LineNetwork, Path
+from igstore.engine.lines.tracing import line_network
 
 Floats = NDArray[np.float64]
 Select = Callable[[Tensor, Tensor], Tensor]  # from scores (point, class) and targets (point,) to outputs (point,)
@@ -31,6 +35,12 @@ class OnLines(nn.Module):
         self.network, self.lines = network, lines
         self._layouts: dict[bytes, _Layout] = {}
         self._graphs: dict[bytes, _Captured] = {}
+
+    @classmethod
+    def of(cls, network: nn.Module, pictures: Tensor) -> OnLines | None:
+        """As `line_network`."""
+        lines = line_network(network, pictures)
+        return None if lines is None else cls(network, lines)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What the network makes of `inputs`."""
@@ -77,14 +87,13 @@ class OnLines(nn.Module):
             self._layouts[key] = _Layout.of(key, parts, device)
         return self._layouts[key]
 
-    def _integrate(
-        self, layout: _Layout, start: Tensor, difference: Tensor, targets: Tensor, select: Select
-    ) -> _Found:
+    def _integrate(self, layout: _Layout, start: Tensor, difference: Tensor, targets: Tensor, select: Select) -> _Found:
         def run(start: Tensor, difference: Tensor, targets: Tensor) -> _Found:
             at_points = targets[layout.image]
             path = Path(
-                start, difference, layout.image, layout.alpha, layout.batch, layout.order, layout.begin, layout.weights
-            )
+                start, difference, layout.points, layout.image, layout.alpha, layout.order, layout.begin,
+                layout.weights, _operations(start.device),
+            )  # fmt: skip
             return self.lines.integrate(path, lambda scores: select(scores, at_points))
 
         layout.runs += 1
@@ -93,6 +102,15 @@ class OnLines(nn.Module):
                 return run(start, difference, targets)
             self._graphs[layout.key] = _Captured(run, start, difference, targets)
         return self._graphs[layout.key](start, difference, targets)
+
+
+def _operations(device: torch.device) -> Any:
+    """What computes on values: kernels on CUDA devices, and wherever Triton's interpreter is asked for."""
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        from igstore.engine.lines import launches
+
+        return launches
+    return reference
 
 
 class _Captured:
@@ -125,7 +143,7 @@ class _Layout:
     """
 
     key: bytes
-    batch: Batch
+    points: Points
     image: Tensor
     alpha: Tensor
     order: Tensor
@@ -136,19 +154,19 @@ class _Layout:
 
     @classmethod
     def of(cls, key: bytes, parts: list[tuple[Floats, Floats]], device: torch.device) -> _Layout:
-        batch = batch_of([alphas for alphas, _ in parts], device)
+        points = points_of([alphas for alphas, _ in parts], device)
         counts = [len(alphas) for alphas, _ in parts]
         image = torch.tensor(np.repeat(np.arange(len(parts)), counts), device=device)
         alpha, weights = (
             torch.tensor(np.concatenate(some), dtype=torch.float32, device=device) for some in zip(*parts, strict=True)
         )
-        order = torch.argsort(batch.order)  # where the batch has each point
+        order = torch.argsort(points.order)  # where the batch has each point
         begin = np.concatenate([[0], np.cumsum(counts)])
         return cls(
             key=key,
-            batch=batch,
-            image=image[batch.order],
-            alpha=alpha[batch.order],
+            points=points,
+            image=image[points.order],
+            alpha=alpha[points.order],
             order=order,
             begin=torch.tensor(begin, dtype=torch.int32, device=device),
             weights=weights,

@@ -22,6 +22,10 @@ DONE, FAILED, MISUSED, SOME_IMAGES_FAILED = 0, 1, 2, 3
 INTERRUPTED, TERMINATED = 130, 143
 
 
+class Answered(SystemExit):
+    """An option such as ``--help`` has been answered, and nothing else was asked for."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as job schedulers send it before they kill; handled like Ctrl-C but for the exit status."""
 
@@ -107,6 +111,10 @@ class Parser(argparse.ArgumentParser):
         logging.getLogger("igstore").setLevel(logging.ERROR if output.quiet else logging.NOTSET)
         return options, output
 
+    def exit(self, status: int = DONE, message: str | None = None) -> NoReturn:
+        """Raise `Answered`, which is told from a user's code that calls `sys.exit`."""
+        raise Answered(status)
+
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which `run` turns into one line and status 2."""
         raise UserError(f"{message} (`{self.prog} --help` lists the options)")
@@ -138,6 +146,11 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         how = "terminated" if terminated else "interrupted"
         print(f"igstore: {how}; run the same command again to go on", file=sys.stderr)  # noqa: T201
         return TERMINATED if terminated else INTERRUPTED
+    except Answered:
+        raise
+    except SystemExit as error:
+        print(f"igstore: a network's or data set's own code called sys.exit({error.code!r})", file=sys.stderr)  # noqa: T201
+        return FAILED
     except BrokenPipeError:
         # whoever read our output has gone, as `igstore info | head` does; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,6 @@ import xarray as xr
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
 from igstore.errors import UserError
-from igstore.evaluate import own_classifier
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
@@ -70,7 +69,8 @@ def insertion_deletion(
     store
         A ranked store's path, or a reader of it.
     model
-        Who is shown the images: a name as `load_classifier` takes it, or a `Classifier`. None is the store's own model.
+        Who is shown the images: a name as `load_classifier` takes it, or a `Classifier`. None is the store's own model,
+        as for `evaluate`.
     weights
         As `load_classifier` takes them, for a model given by name or the store's own.
     steps
@@ -105,7 +105,7 @@ def insertion_deletion(
     UserError
         A value is not allowed, a ranking or the pixels are missing, or a target is none of the model's classes.
     SettingsMismatchError
-        The store's own model cannot be loaded with the weights that made the store.
+        The weights found for the store's own model are not those that made the store.
     ModelError
         The network does not classify such images, or its outputs are not finite.
 
@@ -176,12 +176,12 @@ def insertion_deletion(
 
 
 def _classifier(store: StoreReader, model: str | Classifier | None, weights: str | None) -> Classifier:
-    from igstore.models import Classifier, load_classifier
+    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
 
     if model is None:
-        return own_classifier(store, weights)
+        return recorded_classifier(store.spec, store.where, option="--model", weights=weights)
     if isinstance(model, str):
-        return load_classifier(model, weights)
+        return fitted(load_classifier(model, weights), store.spec)
     if not isinstance(model, Classifier):
         raise UserError(f"model is a {type(model).__name__}; it must be a name or a Classifier")
     if weights is not None:

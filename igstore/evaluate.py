@@ -5,7 +5,6 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import sys
@@ -19,7 +18,7 @@ import xarray as xr
 
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
-from igstore.errors import SettingsMismatchError, UserError, WeightsNotFoundError
+from igstore.errors import UserError
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.reporting.results import Row, measure, predictions
@@ -78,7 +77,8 @@ def evaluate(
         Ranked stores, as paths or readers.
     models
         Who is shown the images: names as `load_classifier` takes them, or each a `Classifier`. None is each store's own
-        model, loaded by the name and weights that it records.
+        model, by the name and weights that it records; where that is code, `package.module:function`, it must be named
+        here. A store's own model that is named gets the preprocessing that the store was made with.
     weights
         As `load_classifier` takes them (None is a model's default), for the models given by name, or for the stores'
         own: one for each, or one for all.
@@ -105,7 +105,7 @@ def evaluate(
         A value is not allowed, a ranking or the pixels are missing, no image is labelled, or two stores give one image
         different labels.
     SettingsMismatchError
-        A store's own model cannot be loaded with the weights that made the store.
+        The weights found for a store's own model are not those that made the store.
     ModelError
         A network does not classify such images.
 
@@ -168,19 +168,24 @@ def _classifiers(
     stores: Sequence[StoreReader], models: Sequence[str | Classifier] | None, weights: str | Sequence[str | None] | None
 ) -> list[list[Classifier]]:
     """For each store, the classifiers that its images are shown to."""
-    from igstore.models import Classifier, load_classifier
+    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
 
     if models is None:
-        return [[own_classifier(*pair)] for pair in zip(stores, _one_each(weights, len(stores)), strict=True)]
+        pairs = zip(stores, _one_each(weights, len(stores)), strict=True)
+        return [[recorded_classifier(one.spec, one.where, option="--models", weights=own)] for one, own in pairs]
     if not models:
         raise UserError("models is empty; give at least one, or leave it out for the store's own model")
     wrong = [model for model in models if not isinstance(model, str | Classifier)]
     if wrong:
         raise UserError(f"models has a {type(wrong[0]).__name__}; each must be a name or a Classifier")
     names = [model for model in models if isinstance(model, str)]
-    named = iter([load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)])
-    shown_to = [next(named) if isinstance(model, str) else model for model in models]
-    return [shown_to] * len(stores)
+    loaded = [load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)]
+
+    def shown_to(store: StoreReader) -> list[Classifier]:
+        named = iter(loaded)
+        return [fitted(next(named), store.spec) if isinstance(model, str) else model for model in models]
+
+    return list(map(shown_to, stores))
 
 
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:
@@ -193,30 +198,6 @@ def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequ
             f"there are {len(weights)} weights for {n_models} models by name; give one for each, or one for all"
         )
     return weights
-
-
-def own_classifier(store: StoreReader, weights: str | None) -> Classifier:
-    """The classifier that made a store, by the name and weights that it records, or from these `weights`."""
-    from igstore.models import load_classifier
-
-    spec = store.spec
-    what = f"{store.where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
-    remedy = "give --weights for it, or --models to show its images to others (in Python, models=[Classifier, ...])"
-    try:
-        try:
-            found = load_classifier(spec.model, weights or spec.weights)
-        except WeightsNotFoundError:
-            if weights is not None:
-                raise
-            # what is recorded need not be a word to load them by: it may be the name of a package or a tag
-            found = load_classifier(spec.model)
-    except UserError as error:
-        raise UserError(f"{what}, which cannot be loaded: {error}; {remedy}") from error
-    if found.weights_sha256 != spec.weights_sha256:
-        raise SettingsMismatchError(
-            f"{what}, but the weights found are {found.weights} (sha256 {found.weights_sha256[:12]}); {remedy}"
-        )
-    return dataclasses.replace(found, preprocessing=spec.preprocessing)
 
 
 # --- The command

@@ -106,11 +106,11 @@ def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
                 return get(*arguments)
     except IgstoreError:
         raise
-    except Exception as error:  # Pillow's decoders and users' datasets may raise anything
+    except (Exception, SystemExit) as error:  # Pillow's decoders and users' datasets may raise anything
         raise ImageError(_reason(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """One short line that is the same in every run (some of Pillow's messages hold a memory address)."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can identify"

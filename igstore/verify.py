@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from igstore.storage.sources import LocalFiles, Source, open_source
 from igstore.storage.store import consolidated, metadata, ranking_metadata
 from igstore.storage.zarr_form import ZarrForm
 
+if TYPE_CHECKING:
+    from igstore.models import Classifier
+
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
 _ANY_CLASS = np.iinfo(np.int16).max + 1  # where a store does not say how many classes there are
@@ -38,6 +41,7 @@ def verify_store(
     *,
     recompute: int = 0,
     images: Any = None,
+    model: str | Classifier | None = None,
     weights: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -57,9 +61,10 @@ def verify_store(
     recompute
         How many images, chosen at random, to attribute again with the store's model and compare; needs torch, and a
         store in which nothing else is wrong.
-    images, weights, device
-        For `recompute`: the images, as `build_store` takes them, where the store has no pixels; the file of weights,
-        where the store's name of them does not say it; and what to compute on, as `build_store` takes it.
+    images, model, weights, device
+        For `recompute`: the images, as `build_store` takes them, where the store has no pixels; the model, where that
+        is code of somebody's own, `package.module:function`, which a store cannot choose; the file of weights, where
+        there is one; and what to compute on, as `build_store` takes it.
     seed
         Of the choice of images.
     show_progress
@@ -72,7 +77,7 @@ def verify_store(
     SettingsMismatchError
         It is not a store of this format version.
     UserError
-        The model, weights or images for `recompute` are not at hand, or not those of the store.
+        The model, weights or images for `recompute` are not at hand, or not those of the store, or must be named.
 
     >>> verify_store("toy.zarr")
     []
@@ -87,7 +92,7 @@ def verify_store(
     if recompute:
         from igstore.building.recompute import Recomputation  # the only part that needs torch
 
-        again = Recomputation(store, recompute, images=images, weights=weights, device=device, seed=seed)
+        again = Recomputation(store, recompute, images=images, model=model, weights=weights, device=device, seed=seed)
     rankings = [store.ranking(name) for name in store.rankings]
     findings = [*_metadata_findings(store, rankings), *_list_findings(store)]
     unreadable = {finding.array for finding in findings}
@@ -322,6 +327,11 @@ def parser() -> cli.Parser:
         "--data", metavar="PATH", help="for --recompute: the images, where the store has no pixels; as for `build`"
     )
     parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="for --recompute: the store's model, where that is package.module:function, which a store cannot choose",
+    )
+    parser.add_argument(
         "--weights", metavar="W", help="for --recompute: the file of weights, where it does not come with the model"
     )
     parser.add_argument("--device", default="auto", help="for --recompute: auto, cpu, cuda or cuda:N")
@@ -336,6 +346,7 @@ def main(argv: Sequence[str]) -> int:
         options.store,
         recompute=options.recompute,
         images=options.data,
+        model=options.model,
         weights=options.weights,
         device=options.device,
         seed=options.seed,

@@ -388,44 +388,70 @@ def test_pixels_from_another_store(store: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of real maps by a model that can be loaded by its name, in a preprocessing other than the model's own."""
-    random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)  # patches survive the resize
-    images = [(f"image_{i:02d}", image.repeat(6, 0).repeat(6, 1), i % 5) for i, image in enumerate(coarse)]
     path = tmp_path_factory.mktemp("own") / "own.zarr"
     preprocessing = Preprocessing(resize=28, crop=SIZE, mean=(0.1, 0.2, 0.3))
-    igstore.build_store("test_evaluate:by_name", images, path, preprocessing=preprocessing, n_steps=3, shard_size=5)
+    igstore.build_store("test_evaluate:by_name", colours(), path, preprocessing=preprocessing, n_steps=3, shard_size=5)
     return path
 
 
-def test_without_models_the_stores_own_is_evaluated(own: Path) -> None:
-    evaluation = evaluate(own, p=50)
-    assert {(row.model, row.store_model, row.is_own) for row in evaluation.rows} == {
-        ("test_evaluate:by_name", "test_evaluate:by_name", True)
-    }
-    stored = igstore.open_store(own)
+def colours() -> list[tuple[str, np.ndarray, int]]:
+    """Labelled images of patches, which survive a resize."""
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)
+    return [(f"image_{i:02d}", image.repeat(6, 0).repeat(6, 1), i % 5) for i, image in enumerate(coarse)]
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store by a model that igstore knows by itself, in another preprocessing than its own."""
+    path, preprocessing = tmp_path_factory.mktemp("fixed") / "fixed.zarr", Preprocessing(resize=None, crop=(32, 32))
+    given = {"weights": "random:1", "preprocessing": preprocessing, "n_steps": 1, "shard_size": 5}
+    igstore.build_store("shufflenet_v2_x0_5", colours(), path, **given)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "given"),
+    [("fixed", "shufflenet_v2_x0_5", {}), ("own", "test_evaluate:by_name", {"models": ["test_evaluate:by_name"]})],
+    ids=["by the name that is recorded", "by the name that the user gives"],
+)
+def test_a_stores_own_model_is_evaluated_as_it_made_the_store(
+    request: pytest.FixtureRequest, name: str, model: str, given: dict[str, Any]
+) -> None:
+    path = request.getfixturevalue(name)
+    evaluation = evaluate(path, p=50, **given)
+    assert {(row.model, row.store_model, row.is_own) for row in evaluation.rows} == {(model, model, True)}
+    stored = igstore.open_store(path)
     np.testing.assert_array_equal(evaluation.predictions.unmasked[0], stored.prediction)
-    assert evaluation.rows[0].original_top1 == igstore.store_info(own).top1
+    assert evaluation.rows[0].original_top1 == igstore.store_info(path).top1
     assert len(set(stored.prediction.values)) > 1
 
 
-def test_weights_that_did_not_make_the_store_are_refused(own: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(own, tmp_path / "copy.zarr")
+def test_weights_that_did_not_make_the_store_are_refused(fixed: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(fixed, tmp_path / "copy.zarr")
     metadata = (copy / "zarr.json").read_text()
-    sha256 = igstore.store_info(own).settings["weights_sha256"]
+    sha256 = igstore.store_info(fixed).settings["weights_sha256"]
     (copy / "zarr.json").write_text(metadata.replace(sha256, "0" * 64))
     with pytest.raises(SettingsMismatchError, match=r"sha256 000000000000.*--weights.*--models"):
         evaluate(copy)
-    torch.save(Pooled(seed=3).state_dict(), tmp_path / "other.pth")
+    other = igstore.load_classifier("shufflenet_v2_x0_5", "random:2").network
+    torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(SettingsMismatchError, match=r"found are other\.pth"):
-        evaluate(own, weights=str(tmp_path / "other.pth"))
+        evaluate(fixed, weights=str(tmp_path / "other.pth"))
 
 
-def test_weights_from_a_file_that_the_store_knows_by_name_only(tmp_path: Path) -> None:
+def test_weights_from_a_file_that_the_store_knows_by_name_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user says where it is, even where a file of that name lies at hand."""
     file = tmp_path / "trained.pth"
-    torch.save(Pooled(seed=3).state_dict(), file)
-    images = [("a", np.full((23, 26, 3), 90, np.uint8), 1), ("b", np.full((23, 26, 3), 190, np.uint8), 2)]
-    igstore.build_store("test_evaluate:by_name", images, tmp_path / "a.zarr", weights=str(file), n_steps=1)
-    with pytest.raises(SettingsMismatchError, match=r"with weights trained\.pth"):
+    torch.save(igstore.load_classifier("shufflenet_v2_x0_5", "random:3").network.state_dict(), file)
+    preprocessing = Preprocessing(resize=None, crop=(32, 32))
+    given = {"weights": str(file), "preprocessing": preprocessing, "n_steps": 1}
+    igstore.build_store("shufflenet_v2_x0_5", colours()[:2], tmp_path / "a.zarr", **given)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"with weights trained\.pth.*give --weights"):
         evaluate(tmp_path / "a.zarr")
     [row, *_] = evaluate(tmp_path / "a.zarr", weights=[str(file)]).rows
     assert row.is_own
@@ -505,7 +531,8 @@ def test_the_packages_name_stays_a_function(store: Path) -> None:
 
 def test_the_command_prints_the_tables(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert cli.run(main, [str(own), "--p", "90", "50", "10", "--order", "attribution", "--out", str(out)]) == 0
+    model = ["--models", "test_evaluate:by_name"]
+    assert cli.run(main, [str(own), *model, "--p", "90", "50", "10", "--order", "attribution", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert [line.split(".")[0] for line in lines if line.startswith("Table")] == ["Table 1", "Table 2", "Table 3"]
@@ -519,7 +546,8 @@ def test_the_command_prints_the_tables(own: Path, tmp_path: Path, capsys: pytest
 
 def test_the_command_makes_the_cross_product(own: Path, tmp_path: Path) -> None:
     arguments = "--p 50 --keep top --select mass count --fill black mean --order random --limit 6 --batch-size 4"
-    assert cli.run(main, [str(own), *arguments.split(), "--out", str(tmp_path / "out"), "--seed", "5"]) == 0
+    options = [*arguments.split(), "--models", "test_evaluate:by_name", "--out", str(tmp_path / "out"), "--seed", "5"]
+    assert cli.run(main, [str(own), *options]) == 0
     rows = read_rows(tmp_path / "out")
     assert [(row.select, row.fill) for row in rows] == [
         ("mass", "black"),

@@ -506,20 +506,30 @@ def edit_root(path: Path, **attributes: Any) -> None:
 def test_recomputed_images_are_those_of_the_store(tmp_path, monkeypatch, attributed):
     path = named(tmp_path / "model.zarr", monkeypatch)
     attributed.clear()
-    assert verify_store(path, recompute=5) == []
+    assert verify_store(path, recompute=5, model=NAMED) == []
     first = list(attributed)
     assert len(set(first)) == 5
-    assert verify_store(path, recompute=5, seed=1) == []
+    assert verify_store(path, recompute=5, seed=1, model=named_network()) == []
     assert set(attributed[5:]) != set(first)
-    assert verify_store(path, recompute=1000) == []
+    assert main([str(path), "--recompute", "1000", "--model", NAMED]) == cli.DONE
     assert len(attributed[10:]) == N - 1  # but for the one that failed
 
 
+def test_recomputing_by_a_model_that_igstore_knows(tmp_path):
+    path, preprocessing = tmp_path / "model.zarr", Preprocessing(resize=None, crop=(32, 32))
+    pictures = [(str(place), image, None) for place, (image, _) in enumerate(images(4))]
+    build_store("shufflenet_v2_x0_5", pictures, path, weights="random:1", preprocessing=preprocessing, n_steps=1)
+    assert verify_store(path, recompute=2) == []
+
+
 def named(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Path:
-    """A store whose model is found by its name."""
+    """A store whose model is found by its name, if a user gives that."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    build_store("test_verify:named_network", images(), path, **SETTINGS | settings)
+    build_store(NAMED, images(), path, **SETTINGS | settings)
     return path
+
+
+NAMED = "test_verify:named_network"
 
 
 def named_network() -> Classifier:
@@ -546,18 +556,18 @@ def test_values_that_the_model_does_not_give_are_found_by_recomputing(tmp_path, 
     rewrite(path, 0, lambda found: found["completeness_error"].__setitem__(1, error[1]))
     assert verify_store(path) == []
     assert spec.reduce == "sum"
-    assert [finding for finding in verify_store(path, recompute=1000) if says in finding.problem]
+    assert [finding for finding in verify_store(path, recompute=1000, model=NAMED) if says in finding.problem]
 
 
 def test_recomputing_needs_the_pixels_or_the_images(tmp_path, monkeypatch):
     path = named(tmp_path / "model.zarr", monkeypatch, pixels=False)
-    assert verify_store(path, recompute=3, images=images()) == []
+    assert verify_store(path, recompute=3, model=NAMED, images=images()) == []
     with pytest.raises(UserError, match="made without pixels"):
-        verify_store(path, recompute=3)
+        verify_store(path, recompute=3, model=NAMED)
     others = images()
     others[0] = (others[0][0], 6)
     with pytest.raises(SettingsMismatchError, match="not the images"):
-        verify_store(path, recompute=3, images=others)
+        verify_store(path, recompute=3, model=NAMED, images=others)
 
 
 def test_recomputing_needs_the_same_weights(path, tmp_path, monkeypatch):
@@ -567,5 +577,5 @@ def test_recomputing_needs_the_same_weights(path, tmp_path, monkeypatch):
     other = Picky().eval()
     other.inner = Smooth(N_CLASSES, seed=1).eval()
     monkeypatch.setattr("test_verify.NETWORK", other)
-    with pytest.raises(UserError, match="are others"):
-        verify_store(path, recompute=3)
+    with pytest.raises(UserError, match="weights found are own"):
+        verify_store(path, recompute=3, model=NAMED)

@@ -192,7 +192,7 @@ class Attributor:
             yield
         except IgstoreError:
             raise
-        except Exception as error:  # networks may raise anything
+        except (Exception, SystemExit) as error:  # networks may raise anything
             if _is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"out of memory on {self.device} with batches of {self.batch_size}: give a smaller --batch-size, "
@@ -276,6 +276,6 @@ def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
     return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # torch has a class for CUDA's, and only a message for the CPU's
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -15,7 +15,7 @@ from igstore import cli
 from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.images import Split
-from igstore.info import StoreInfo, describe, store_info
+from igstore.info import StoreInfo, describe, next_command, store_info
 from igstore.schema import (
     Baseline,
     BuildSpec,
@@ -353,7 +353,7 @@ def _part(text: str | None, *, overwrite: bool) -> Part:
 
 def _next(info: StoreInfo, part: Part) -> list[str]:
     if info.is_complete:
-        return [f"next         igstore evaluate {info.path}"]
+        return [next_command(info)]
     missing = len(info.missing_shards)
     return [f"{f'part {part}':<12} done; shards of other parts to come: {missing}; whoever builds the last finishes"]
 

@@ -18,7 +18,7 @@ from igstore.building.given_maps import GivenMaps, read_ids
 from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.images import Split
-from igstore.info import StoreInfo, describe, store_info
+from igstore.info import StoreInfo, describe, next_command, store_info
 from igstore.schema import IMPORTED, Baseline, Interpolation, Output, Preprocessing, Reduce, Target
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
         **options,
         show_progress=output.show_progress,
     )
-    output.summary(info, [*describe(info), f"next         igstore evaluate {info.path}"])
+    output.summary(info, [*describe(info), next_command(info)])
     return cli.SOME_IMAGES_FAILED if info.failed else cli.DONE
 
 

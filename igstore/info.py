@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL
+from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL, names_code
 from igstore.storage.reader import StoreReader
 
 _FEW = 10  # names listed before "and so on"
@@ -184,6 +184,13 @@ def describe(info: StoreInfo) -> list[str]:
     lines += _listed("missing     ", [f"shard {shard}" for shard in info.missing_shards])
     lines += _listed("failed      ", [f"{image}: {reason}" for image, reason in info.failed.items()])
     return lines
+
+
+def next_command(info: StoreInfo) -> str:
+    """What to type once a store is complete, as a line for people."""
+    model = info.settings["model"]
+    named = f" --models {model}" if names_code(model) else ""
+    return f"next         igstore evaluate {info.path}{named}"
 
 
 def _listed(title: str, items: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
     store
         As `igstore.storage.copies.check_finished` wants it.
     path
-        The folder; nothing must be there.
+        The folder, empty.
     progress
         Counts the images.
 
@@ -105,7 +105,6 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
         A shard is not what its record says.
     """
     built = _built(store)
-    path.mkdir()
     size, n_channels = store.spec.preprocessing.crop, _CHANNELS if store.spec.reduce == "none" else 1
     x = np.lib.format.open_memmap(path / "x_batch.npy", "w+", np.float32, (len(built), _CHANNELS, *size))
     a = np.lib.format.open_memmap(path / "a_batch.npy", "w+", np.float32, (len(built), n_channels, *size))
@@ -115,8 +114,6 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
         for channel, values in enumerate(table):
             x[piece.first : piece.last, channel] = values[piece.pixels[:, channel]]
         a[piece.first : piece.last] = piece.attribution
-    for name in ("x_batch.npy", "a_batch.npy"):
-        files.flush(path / name)
     ids = "".join(f"{store.image_ids[image]}\n" for image in built.tolist())
     files.write_atomically(path / "image_ids.txt", ids.encode())
     files.write_json(path / "settings.json", store.spec.to_attributes())
@@ -144,7 +141,7 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     store
         As `igstore.storage.copies.check_finished` wants it.
     path
-        The folder; nothing must be there.
+        The folder, empty.
     progress
         Counts the images.
 
@@ -164,7 +161,6 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     classes = _label_map(store, int(max(labels.max(), targets.max(), predictions.max())))
     unknown = len(classes) - 1
     shape = (len(built), _CHANNELS, *store.spec.preprocessing.crop)
-    path.mkdir()
     with h5py.File(path / "input.h5", "x") as inputs, h5py.File(path / "attribution.h5", "x") as attributions:
         inputs["label"] = np.where(labels == UNKNOWN_LABEL, unknown, labels).astype(np.uint16)
         attributions["label"] = targets.astype(np.uint16)
@@ -177,8 +173,6 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
             data[of_piece] = piece.pixels
             maps[of_piece] = piece.attribution * np.float32(piece.attribution.shape[1] / _CHANNELS)
             prediction[of_piece] = predictions[of_piece, np.newaxis] == np.arange(len(classes))
-    for name in ("input.h5", "attribution.h5"):
-        files.flush(path / name)
     files.write_atomically(path / "label-map.json", (json.dumps(classes, indent=1) + "\n").encode())
     files.write_json(path / "project.yaml", _project(store))  # JSON is YAML
 

@@ -30,7 +30,7 @@ from igstore.storage.appearing import appearing
 from igstore.storage.copies import check_sealed, own_fields
 from igstore.storage.integrity import check_shards
 from igstore.storage.reader import Sharded, StoreReader
-from igstore.storage.store import create_ranking, create_store, finish_store, write_rank_shard, write_shard
+from igstore.storage.store import create_ranking, finish_store, lay_out_store, write_rank_shard, write_shard
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.int64]
@@ -180,7 +180,7 @@ class _Merge:
         """Write the merged store, one shard in memory at a time."""
         total = sum(len(self.owner[self.images(shard)]) for shard in self.shards)
         with Progress(total, label="merge", show=show_progress) as progress:
-            create_store(path, self.spec, image_ids=self.ids, labels=self.labels, attributes=self._attributes())
+            lay_out_store(path, self.spec, image_ids=self.ids, labels=self.labels, attributes=self._attributes())
             for name in self.rankings:
                 score, block = self.parts[0].ranking(name).score, self.parts[0].ranking(name).block
                 create_ranking(path, name, block=block, attributes=ranking_attributes(self.spec, score, block))
@@ -189,6 +189,8 @@ class _Merge:
             for shard in self.shards:
                 arrays = self._gathered(self.parts, shard)
                 self._check_agreement(shard, arrays)
+                ids, labels = self.ids[self.images(shard)], self.labels[self.images(shard)]
+                arrays |= {"image_id": np.array(ids, np.dtypes.StringDType()), "label": labels}
                 record = write_shard(path, self.spec, len(self.ids), shard, arrays, self._record(shard))
                 tie = {"attribution_sha256": merged.attribution_sha256(record)}
                 for name, groups in rankings.items():

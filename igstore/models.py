@@ -33,7 +33,7 @@ from torch import nn
 from igstore.engine.weights import first_line, load_weights, state_sha256, torch_checkpoint
 from igstore.errors import ModelError, SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
-from igstore.schema import BuildSpec, Interpolation, Preprocessing
+from igstore.schema import BuildSpec, Interpolation, Preprocessing, names_code
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")
@@ -143,7 +143,7 @@ def recorded_classifier(
     """
     what = f"{where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
     remedy = f"give --weights for it, or {option} to name a model yourself (in Python, a Classifier will do)"
-    if model is None and _FUNCTION.fullmatch(spec.model):
+    if model is None and names_code(spec.model):
         raise UserError(
             f"{what}, which is code of somebody's own, and no store chooses code that is run here; if you know and "
             f"trust that code, name it yourself: {option} {spec.model}"
@@ -363,9 +363,6 @@ def _timm(name: str, weights: str | None) -> Classifier | None:
     return _classifier(name, network, preprocessing, entry.tag or "pretrained")
 
 
-_FUNCTION = re.compile(r"[^\W\d][\w.]*:\w+")
-
-
 @_source("package.module:function", fixed=False)
 def _function(name: str, weights: str | None) -> Classifier | None:
     """A lab's own: the function takes no arguments and returns a network, or a `Classifier` to say its preprocessing.
@@ -373,7 +370,7 @@ def _function(name: str, weights: str | None) -> Classifier | None:
     The current directory is searched first, as with ``python -m``. A bare network gets torchvision's usual
     preprocessing: resize 256, crop 224, bilinear, ImageNet's mean and std. The function runs under a fixed seed.
     """
-    if not _FUNCTION.fullmatch(name):
+    if not names_code(name):
         return None
     module_name, function_name = name.split(":")
     here = str(Path.cwd())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -44,6 +45,14 @@ _MOST_PIXELS = 1 << 26
 _MOST_IMAGES_A_SHARD = 1 << 20
 
 _OF_IMPORTED = ("maps_by", "maps_sha256")
+
+
+_CODE = re.compile(r"[^\W\d][\w.]*:\w+")
+
+
+def names_code(name: str) -> bool:
+    """Whether a name is of the form ``package.module:function``: code that only a user may choose, never a store."""
+    return _CODE.fullmatch(name) is not None
 
 
 def check_choice(field: str, value: object, choices: Any) -> None:

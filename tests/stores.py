@@ -26,6 +26,11 @@ def checksum(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "crc32c": crc32c, "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def text(strings: Sequence[str]) -> np.ndarray:
+    """Strings as a store's arrays hold them."""
+    return np.array(strings, np.dtypes.StringDType())
+
+
 def image_ids(n: int) -> list[str]:
     return [f"image_{index:04d}" for index in range(n)]
 
@@ -90,7 +95,8 @@ def make_store(
                 "seconds": 1.0,
                 "device": "none",
             }
-            write_shard(path, build, n, shard, _arrays(build, images, seed), record)
+            listed = {"image_id": text(image_ids(n)[first:last]), "label": labels[first:last]}
+            write_shard(path, build, n, shard, _arrays(build, images, seed) | listed, record)
     if shards is None:
         finish_store(path, {"complete": True})
     for score, block in rankings:

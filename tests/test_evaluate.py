@@ -439,9 +439,7 @@ def test_weights_that_did_not_make_the_store_are_refused(fixed: Path, tmp_path: 
         evaluate(fixed, weights=str(tmp_path / "other.pth"))
 
 
-def test_weights_from_a_file_that_the_store_knows_by_name_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_from_a_file_that_the_store_knows_by_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user says where it is, even where a file of that name lies at hand."""
     file = tmp_path / "trained.pth"
     torch.save(igstore.load_classifier("shufflenet_v2_x0_5", "random:3").network.state_dict(), file)

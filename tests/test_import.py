@@ -129,7 +129,8 @@ def test_it_is_a_store_like_any_other(imported):
     assert {row.n for row in rows} == {N}
     assert {row.method for row in rows} == {f"captum {store.parent.name.rstrip('0123456789')}"}
     assert f"(made by {rows[0].method}, prediction as target)" in article_tables(rows)[0].note
-    assert evaluate(store, p=50, device="cpu").rows[0].model == "test_import:by_name"
+    named = "test_import:by_name"
+    assert evaluate(store, models=[named], p=50, device="cpu").rows[0].model == named
     assert show_store(store, p=50).size > (0, 0)
     image, label = MaskedImageNet(store, p=50, keep="bottom")[2]
     assert (image.shape, label) == ((3, *SIZE), 2)

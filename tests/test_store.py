@@ -11,7 +11,7 @@ import pytest
 import tensorstore
 import xarray as xr
 import zarr
-from stores import checksum
+from stores import checksum, text
 
 from igstore.errors import (
     DamagedStoreError,
@@ -49,15 +49,16 @@ def shard_arrays(spec: BuildSpec, first: int, last: int) -> dict[str, np.ndarray
     arrays["scale"][:] = 2.0 ** random.integers(-20, 20, last - first)
     arrays["prediction"][:] = random.integers(0, 10, last - first)
     arrays["status"][:] = BUILT
-    return arrays
+    return arrays | {"image_id": text(IDS[first:last]), "label": LABELS[first:last]}
+
+
+IDS = [f"image_{i:04d}" for i in range(30)]
+LABELS = np.arange(30, dtype=np.int16) % 5 - 1
 
 
 def make(path: Path, spec: BuildSpec = SPEC, n: int = 10, shards: list[int] | None = None) -> dict[str, np.ndarray]:
     """A store of `n` images, the given shards of it written; returns what all shards would hold."""
-    labels = np.arange(n, dtype=np.int16) % 5 - 1
-    create_store(
-        path, spec, image_ids=[f"image_{i:04d}" for i in range(n)], labels=labels, attributes={"complete": False}
-    )
+    create_store(path, spec, image_ids=IDS[:n], labels=LABELS[:n], attributes={"complete": False})
     parts = []
     for shard in range(layout.shard_count(n, spec.shard_size)):
         first, last = layout.shard_bounds(shard, n, spec.shard_size)
@@ -203,7 +204,7 @@ def test_anything_but_a_whole_shard_is_refused_and_nothing_is_written(path, spoi
 
 
 def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
-    monkeypatch.setattr("igstore.storage.store.consolidate", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.Folder, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         make(path)
     assert list(path.parent.iterdir()) == []
@@ -228,13 +229,12 @@ def test_a_deleted_store_is_not_resurrected(path):
 @pytest.mark.parametrize(("n", "more"), [(8, 10), (10, 11), (10, 30)], ids=lambda n: str(n))
 def test_a_store_grows_and_keeps_its_whole_shards(path, n, more):
     expected = make(path, n=n)
-    ids, labels = [f"image_{i:04d}" for i in range(more)], np.arange(more, dtype=np.int16) % 5 - 1
-    extend_store(path, image_ids=ids, labels=labels)
+    extend_store(path, image_ids=IDS[:more], labels=LABELS[:more])
     store = StoreReader(path)
     whole = n - n % 4
     assert store.n_images == more
-    assert list(store.image_ids) == ids
-    np.testing.assert_array_equal(store.scalars("label"), labels)
+    assert list(store.image_ids) == IDS[:more]
+    np.testing.assert_array_equal(store.scalars("label"), LABELS[:more])
     assert store.not_built.tolist() == list(range(whole, more))
     np.testing.assert_array_equal(store.array("pixels").read(range(whole)), expected["pixels"][:whole])
     for shard in store.missing_shards:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from igstore import Classifier, Preprocessing, build_store, classifier_from_module, cli, rank_store, verify_store
 from igstore.engine.attributor import Attributor
-from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
+from igstore.errors import SettingsMismatchError, StoreNotFoundError, UnfinishedShardError, UserError
 from igstore.schema import FAILED
-from igstore.storage import layout
 from igstore.storage.files import sealed
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
@@ -317,20 +316,20 @@ def test_damage_is_named_and_the_same_build_repairs_just_that(intact, path, attr
 def rewrite(path: Path, shard: int, change: Callable[[dict[str, np.ndarray]], Any], **record: Any) -> None:
     """Write a shard again with other values and a record that is right about its files."""
     store = StoreReader(path)
-    arrays = {name: store.array(name).read(range(*store.bounds(shard))) for name in store.variables}
-    arrays = {name: values for name, values in arrays.items() if name not in layout.LISTED}
+    there = store.records[shard]
+    arrays = {name: np.array(store.values(name, shard, there)) for name in store.variables}
     change(arrays)
-    write_shard(path, store.spec, store.n_images, shard, arrays, {**store.records[shard], **record})
+    write_shard(path, store.spec, store.n_images, shard, arrays, {**there, **record}, instead_of=there)
 
 
 def rewrite_ranks(path: Path, shard: int, change: Callable[[dict[str, np.ndarray]], Any], **record: Any) -> None:
     store = StoreReader(path)
     ranking = store.ranking("positive-3")
+    there = ranking.records[shard]
     arrays = {name: ranking.array(name).read(range(*ranking.bounds(shard))) for name in ranking.variables}
     change(arrays)
-    write_rank_shard(
-        path, "positive-3", store.spec, store.n_images, shard, arrays, {**ranking.records[shard], **record}
-    )
+    options = {"instead_of": there}
+    write_rank_shard(path, "positive-3", store.spec, store.n_images, shard, arrays, {**there, **record}, **options)
 
 
 def put(name: str, value: object, image: int = 1) -> Callable[[dict[str, np.ndarray]], None]:
@@ -436,9 +435,12 @@ def test_ranks_that_are_not_those_of_the_maps_are_found(path, change, array, say
 
 
 def test_ranks_of_maps_that_were_replaced_are_not_finished_ones(path, capsys):
-    rewrite_ranks(path, 1, lambda arrays: None, attribution_sha256="0" * 64)
+    with pytest.raises(UnfinishedShardError, match="rank again"):
+        rewrite_ranks(path, 1, lambda arrays: None, attribution_sha256="0" * 64)
+    rewrite(path, 1, reverse("attribution"))
     assert main([str(path)]) == cli.FAILED
-    assert capsys.readouterr().out.splitlines()[0] == "not finished: shard 1 of ranks/positive-3"
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [f"not finished: shard 1 of ranks/{name}" for name in ("absolute-5", "positive-3")]
 
 
 @pytest.mark.parametrize(

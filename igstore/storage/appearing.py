@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,13 +10,22 @@ from pathlib import Path
 
 from igstore.errors import StoreExistsError, UserError
 from igstore.storage import files
+from igstore.storage.locks import lock
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Give a path to make something at, which is renamed to `out` when the context ends well, and else removed.
+def appearing(out: Path, *, is_file: bool = False) -> Iterator[Path]:
+    """Give an empty folder, or file, to be filled, which is renamed to `out` when the context ends well, or is removed.
 
-    What a process that was killed left of `out` is removed first; what a living one is making is left alone.
+    What a process that was killed left of `out` is removed first; what a living one is making is left alone: it is
+    locked. There is nothing beside it, so that a kill at any moment leaves either it or `out`.
+
+    Parameters
+    ----------
+    out
+        Where it is to be. When the context has ended, it is on the disk.
+    is_file
+        A file rather than a folder.
 
     Raises
     ------
@@ -28,19 +36,27 @@ def appearing(out: Path) -> Iterator[Path]:
     """
     _check_free(out)
     for leftover in files.temporaries(out):
-        _remove_unless_alive(leftover)
-    workshop = files.temporary_name(out)
+        if not files.is_of_another_machine(leftover):
+            _remove_unless_alive(leftover)
+    making = files.temporary_name(out)
     try:
-        workshop.mkdir()
+        if is_file:
+            making.touch(exist_ok=False)
+        else:
+            making.mkdir()
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}; give a path in a folder that is there") from error
     try:
-        with _locked(workshop):
-            yield workshop / out.name
+        with _opened(making) as descriptor:
+            lock(descriptor)
+            yield making
+            files.flush(making)
             _check_free(out)
-            (workshop / out.name).replace(out)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+            making.replace(out)
+            files.flush_names(out.parent)
+    except BaseException:
+        _remove(making)
+        raise
 
 
 def _check_free(out: Path) -> None:
@@ -48,22 +64,26 @@ def _check_free(out: Path) -> None:
         raise StoreExistsError(f"{out} exists, and nothing is ever written over; give another name, or remove it")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the system's own lock of a folder, which it takes from a process that dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _remove_unless_alive(leftover: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        with _opened(leftover) as descriptor:
+            if lock(descriptor):
+                _remove(leftover)
+    except OSError:
+        pass  # it has just been finished or removed, or is somebody else's
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _remove_unless_alive(workshop: Path) -> None:
-    if files.is_of_another_machine(workshop) or not workshop.is_dir():
-        return
-    try:
-        with _locked(workshop):
-            shutil.rmtree(workshop, ignore_errors=True)
-    except OSError:
-        pass  # somebody is at work in it, or has just finished
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

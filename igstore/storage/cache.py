@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from igstore.errors import DamagedStoreError
 from igstore.storage import files
+from igstore.storage.locks import lock
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -90,8 +90,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Keep other processes from fetching the same file as long as the context lasts, where the system has locks."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -15,7 +15,6 @@ from igstore.rank import ranking_attributes
 from igstore.schema import IMAGE
 from igstore.storage import files, hdf5
 from igstore.storage.copies import read_shard
-from igstore.storage.layout import LISTED
 from igstore.storage.reader import Sharded, StoreReader
 
 _ALIGNMENT = 4096  # bytes: datasets of that size and more begin at pages of memory
@@ -31,7 +30,7 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     store
         As `igstore.storage.copies.check_finished` wants it.
     path
-        The file; nothing must be there.
+        The file, empty.
     progress
         Counts the images.
 
@@ -49,7 +48,8 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     rankings = [store.ranking(name) for name in store.rankings]
     alignment = {"alignment_threshold": _ALIGNMENT, "alignment_interval": _ALIGNMENT}
     # the oldest format in which an attribute may exceed 64 kB, as a list of class names may
-    with h5py.File(path, "x", libver=("v110", "v110"), **alignment) as file:
+    # nobody else knows of it yet, and a file system may have no locks
+    with h5py.File(path, "w", libver=("v110", "v110"), locking=False, **alignment) as file:
         raw = {name: value for name, value in store.attributes.items() if name != "compress"}
         _lay_out(file, store, None, files.sealed(raw))
         for ranking in rankings:
@@ -61,7 +61,6 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
                 _write_shard(file, ranking, ranking.name, shard, attribution_sha256=store.attribution_sha256(record))
             first, last = store.bounds(shard)
             progress.advance(last - first)
-    files.flush(path)
 
 
 def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping[str, Any]) -> None:
@@ -94,7 +93,6 @@ def _dimension(group: Any, name: str, length: int) -> Any:
 def _write_shard(file: Any, group: Sharded, ranking: str | None, shard: int, **fields: Any) -> dict[str, Any]:
     """Write a shard's piece of every dataset, and then its record with these `fields`, which is returned."""
     record, arrays = read_shard(group, shard)
-    arrays |= {name: group.values(name, shard, record) for name in group.variables if name in LISTED}
     first, last = group.bounds(shard)
     sums = {}
     for name, values in arrays.items():

@@ -80,6 +80,7 @@ def make_synthetic_store(
             first_maps.shape
         )[: last - first]
         arrays["status"][...] = BUILT
+        arrays |= {"image_id": np.array(ids[first:last], np.dtypes.StringDType()), "label": labels[first:last]}
         record = {"failed": {}, "in_top5": 0, "evaluations": 0, "batch_size": [], "seconds": 0.0, "device": "none"}
         write_shard(path, spec, n_images, shard, arrays, record)
     finish_store(path, {"complete": True})

@@ -86,6 +86,11 @@ def die_at(event: int) -> None:
     _on_file_events(lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == event else None)
 
 
+def stop_at(event: int) -> None:
+    """Stop, as SIGSTOP or a hung mount does, just before the given change to a file, until SIGCONT."""
+    _on_file_events(lambda count: os.kill(os.getpid(), signal.SIGSTOP) if count == event else None)
+
+
 def count_events(file: str) -> None:
     """Say in a file how many changes to files there were so far."""
     _on_file_events(lambda count: Path(file).write_text(str(count)) and None)

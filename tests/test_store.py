@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,6 +243,67 @@ def test_a_store_grows_and_keeps_its_whole_shards(path, n, more):
         write_shard(path, SPEC, more, shard, shard_arrays(SPEC, first, last), RECORD)
     assert StoreReader(path).is_complete
     np.testing.assert_array_equal(xr.open_zarr(path)["status"], np.ones(more))
+
+
+@pytest.mark.parametrize("name", layout.LISTED)
+@pytest.mark.parametrize("spoil", [lambda c: bytes([c[0] ^ 1]) + c[1:], lambda c: c[::-1], lambda c: c + c])
+def test_a_list_that_is_damaged_before_a_shard_is_written_is_not_what_is_recorded(path, name, spoil):
+    make(path, shards=[0])
+    file = path / layout.shard_file(name, 1, 1)
+    before = file.read_bytes()
+    file.write_bytes(spoil(before))
+    write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert file.read_bytes() == before
+    entry = StoreReader(path).records[1]["files"][layout.shard_file(name, 1, 1)]
+    assert entry == checksum(before)
+
+
+@pytest.mark.parametrize("n", [1, 9, 30])
+def test_lists_are_what_zarr_writes(path, tmp_path, n):
+    ids = [("é" if i % 2 else "") + f"image {i}" * (i % 7) for i in range(n)]
+    create_store(path, SPEC, image_ids=ids, labels=LABELS[:n], attributes={})
+    for name, values in (("image_id", text(ids)), ("label", LABELS[:n])):
+        metadata = json.loads((path / name / "zarr.json").read_text())
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zarr.json").write_text(json.dumps(metadata))
+        zarr.open_array(tmp_path / name).with_config({"write_empty_chunks": True})[:] = values
+        for file in (tmp_path / name / "c").iterdir():
+            assert (path / name / "c" / file.name).read_bytes() == file.read_bytes()
+        assert len(list((path / name / "c").iterdir())) == layout.shard_count(n, SPEC.shard_size)
+
+
+def test_the_number_of_images_never_falls(path):
+    make(path, n=10)
+    extend_store(path, image_ids=IDS[:20], labels=LABELS[:20])
+    extend_store(path, image_ids=IDS[:15], labels=LABELS[:15])  # by a process that was slower
+    assert StoreReader(path).n_images == 20
+    finish_store(path, {"complete": True})
+    assert StoreReader(path).attributes["complete"] is False
+
+
+def test_a_shard_that_somebody_else_has_finished_is_left_to_them(path):
+    make(path, shards=[0])
+    theirs = write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD | {"seconds": 1.0})
+    ours = shard_arrays(SPEC, 4, 8)
+    ours["output"][:] = 0.5
+    assert write_shard(path, SPEC, 10, 1, ours, RECORD) == theirs
+    assert np.isnan(StoreReader(path).scalars("output")[4:8]).all()
+    # but whoever knows what is there, and means to put something else in its place, does
+    assert write_shard(path, SPEC, 10, 1, ours, RECORD, instead_of=theirs) != theirs
+    assert (StoreReader(path).scalars("output")[4:8] == 0.5).all()
+
+
+@pytest.mark.parametrize("folder", ["attribution", "records"])
+def test_nothing_is_written_through_links(path, tmp_path, folder):
+    make(path, shards=[])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if (path / folder).exists():
+        (path / folder).rename(path / "aside")
+    (path / folder).symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link"):
+        write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert list(elsewhere.iterdir()) == []
 
 
 def _read_in_child(store: StoreReader, queue) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from networks import Smooth
 from torch import Tensor, nn
 
 from igstore import Classifier, Preprocessing, build_store, classifier_from_module, cli, rank_store, verify_store
+from igstore.building.parts import Part
 from igstore.engine.attributor import Attributor
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UnfinishedShardError, UserError
+from igstore.images import as_image_list
 from igstore.schema import FAILED
 from igstore.storage.files import sealed
 from igstore.storage.reader import StoreReader
+from igstore.storage.repair import repair_store
 from igstore.storage.store import extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
 from igstore.verify import main
 
@@ -152,6 +157,22 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = Fa
     path.write_text(json.dumps(sealed(content) if seal else content))
 
 
+def linked(file: Path) -> None:
+    shutil.move(file, file.parents[2] / "elsewhere.json")
+    file.symlink_to(file.parents[2] / "elsewhere.json")
+
+
+def folder_at(file: Path) -> None:
+    file.unlink()
+    (file / "inner").mkdir(parents=True)
+    (file / "inner/file").write_text("something")
+
+
+def pipe_at(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 # what to do to a store, what `verify` says of it, and the images that the same build attributes again
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, range]] = {
     "a map": (
@@ -274,6 +295,75 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, range]] = {
         "zarr.json is damaged, and nothing else can be looked at",
         range(0),
     ),
+    "a link to a right record": (
+        lambda p: linked(p / "records/00001.json"),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a link that leads nowhere": (
+        lambda p: ((p / "records/00001.json").unlink(), (p / "records/00001.json").symlink_to("nothing")),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a link among the records of ranks": (
+        lambda p: linked(p / "records/positive-3/00001.json"),
+        "records/positive-3/00001.json is not a regular file",
+        range(0),
+    ),
+    "a folder in a record's place": (
+        lambda p: folder_at(p / "records/00001.json"),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a pipe in a record's place": (
+        lambda p: pipe_at(p / "records/00001.json"),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a folder in a file's place": (
+        lambda p: folder_at(p / "attribution/c/1/0/0"),
+        "attribution/c/1/0/0 is not a regular file",
+        range(8, 16),
+    ),
+    "a pipe in a file's place": (
+        lambda p: pipe_at(p / "scale/c/1"),
+        "scale/c/1 is not a regular file",
+        range(8, 16),
+    ),
+    "a pipe among the names": (
+        lambda p: pipe_at(p / "image_id/c/1"),
+        "image_id/c/1 is not a regular file",
+        range(0),
+    ),
+    "a folder among the names": (
+        lambda p: folder_at(p / "image_id/c/1"),
+        "image_id/c/1 is not a regular file",
+        range(0),
+    ),
+    "a pipe instead of metadata": (
+        lambda p: pipe_at(p / "scale/zarr.json"),
+        "scale/zarr.json is not as it was written: it cannot be read",
+        range(0),
+    ),
+    "a folder instead of metadata": (
+        lambda p: folder_at(p / "scale/zarr.json"),
+        "scale/zarr.json is not as it was written: it cannot be read",
+        range(0),
+    ),
+    "a file in a folder's place": (
+        lambda p: (shutil.rmtree(p / "scale/c"), (p / "scale/c").write_text("something")),
+        "scale/c/1 is missing",
+        range(21),
+    ),
+    "parts of a ranking": (
+        lambda p: (
+            shutil.copytree(p / "records/positive-3", p / "records/signed-7"),
+            shutil.copytree(p / "ranks/positive-3", p / "ranks/signed-5"),
+            (p / "ranks/signed-5/zarr.json").unlink(),
+        ),
+        "belongs to nothing in this store",
+        range(0),
+    ),
     "what a killed writer leaves": (
         lambda p: (p / f"scale/c/1.{'0' * 32}.partial").write_bytes(b"half"),
         "store: scale/c/1.00000000000000000000000000000000.partial was left by an interrupted process",
@@ -311,6 +401,25 @@ def test_damage_is_named_and_the_same_build_repairs_just_that(intact, path, attr
     for file in expected:
         if "records" not in file and file != "zarr.json":  # which say how long it took
             assert repaired[file] == expected[file], file
+
+
+@pytest.mark.parametrize("shards", ["finished", "unfinished"])
+@pytest.mark.parametrize("count", [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\0\0\0\x15"])
+def test_a_list_that_says_it_is_long_costs_its_repair_no_memory(path, count, shards):
+    content = (path / "image_id/c/1").read_bytes()
+    (path / "image_id/c/1").write_bytes(count + content[4:])
+    if shards == "unfinished":
+        (path / "records/00001.json").unlink()
+    store = StoreReader(path)
+    listed = as_image_list(images())
+    tracemalloc.start()
+    repair_store(path, store.spec, listed, store.attributes, part=Part())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6
+    assert (path / "image_id/c/1").read_bytes() == content
+    build(path)
+    assert verify_store(path) == []
 
 
 def rewrite(path: Path, shard: int, change: Callable[[dict[str, np.ndarray]], Any], **record: Any) -> None:

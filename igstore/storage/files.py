@@ -218,10 +218,10 @@ def read_regular(path: Path, most: int) -> bytes:
     if not stat.S_ISREG(path.stat().st_mode):
         raise DamagedStoreError(f"{path} is not a regular file")
     with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise DamagedStoreError(f"{path} has more than {most} bytes")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise DamagedStoreError(f"{path} has {size} bytes, more than {most}")
+        return file.read(size)
 
 
 def parsed_json(content: bytes) -> Any:
@@ -308,13 +308,13 @@ def _flush_folder(descriptor: int) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name into errors of disks, full or failing ones, which do not say which file it was."""
+    """Put the file's path into errors of disks, full or failing ones, which do not say which file it was."""
     try:
         yield
     except OSError as error:
-        if error.filename is None or not os.path.isabs(os.fsdecode(error.filename)):
-            error.filename, error.filename2 = str(path), None
-        raise
+        if error.errno is None:  # one of igstore's own
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def checksum(path: Path) -> dict[str, Any]:

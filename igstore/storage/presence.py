@@ -125,7 +125,11 @@ def writing(folder: Folder, *, shared: bool = False, given_up: threading.Event |
     """
     with _taking(folder, _WRITING, shared=shared, given_up=given_up):
         check_in_place(folder)  # it may have taken long
-        yield
+        try:
+            yield
+        except FileNotFoundError:
+            check_in_place(folder)  # nothing can be made in a folder that is deleted
+            raise
 
 
 def check_in_place(folder: Folder) -> None:

@@ -59,8 +59,16 @@ class UnreachableError(IgstoreError, OSError):
     """A store behind a URL does not answer, or breaks off, however often it is asked."""
 
 
+class ReplacedError(IgstoreError, RuntimeError):
+    """A file of a store behind a URL is not the one any more that it was when the store was opened."""
+
+
+class AccessError(IgstoreError, OSError):
+    """The system does not let a file be read or written; that says nothing of what the file holds."""
+
+
 class OutOfMemoryError(IgstoreError, MemoryError):
-    """A device has not enough memory for a batch."""
+    """A device, or this machine, has not enough memory."""
 
 
 class ModelError(IgstoreError, RuntimeError):

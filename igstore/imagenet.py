@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from igstore.errors import DataNotFoundError, ImageError, UserError
+from igstore.names import as_seen, is_foreign
 from igstore.schema import UNKNOWN_LABEL
 
 Split = Literal["val", "train"]
@@ -108,7 +109,10 @@ class _Files:
     names: tuple[str, ...]
 
     def __call__(self, position: int) -> Image.Image:
-        return _decode(Path(self.folder, self.names[position]).read_bytes())
+        path = Path(self.folder, self.names[position])
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise ImageError("not a regular file")
+        return _decode(path.read_bytes())
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,22 +137,23 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    return not is_foreign(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _list_folder(folder: Path) -> list[str]:
-    """Names of the images in `folder` and in the folders directly inside it; hidden ones are passed over."""
+    """Names of the images in `folder` and in those directly inside it; what other systems leave is passed over."""
     names: list[str] = []
     if not folder.is_dir():
         return names
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir() and not entry.name.startswith("."):
+                if not entry.is_dir():
+                    names += [entry.name] if _is_image(entry.name) else []
+                elif not is_foreign(entry.name):
                     with os.scandir(entry) as inner:
-                        names += [f"{entry.name}/{one.name}" for one in inner if _is_image(one.name)]
-                elif _is_image(entry.name):
-                    names.append(entry.name)
+                        found = [one.name for one in inner if _is_image(one.name) and not one.is_dir()]
+                        names += [f"{entry.name}/{name}" for name in found]
     except OSError as error:
         raise UserError(f"cannot list {error.filename or folder}: {error.strerror}") from error
     return names
@@ -175,7 +180,7 @@ def _list_tar(path: Path, split: Split) -> tuple[list[str], list[int], list[int]
             else:
                 for member in tar:
                     wnid, extension = os.path.splitext(os.path.basename(member.name))
-                    inner = tar.extractfile(member) if extension == ".tar" and not wnid.startswith(".") else None
+                    inner = tar.extractfile(member) if extension == ".tar" and not is_foreign(wnid) else None
                     if inner is not None:
                         with inner, tarfile.open(fileobj=inner, mode="r:") as inner_tar:
                             add_images(inner_tar, member.offset_data, f"{wnid}/")
@@ -246,7 +251,7 @@ def _read_csv(path: Path) -> _LabelTable:
             for row in rows:
                 where = f"{path} line {rows.line_num}"
                 name, wnid, index = ((row.get(column) or "").strip() for column in ("file", "wnid", "class_index"))
-                name = name.removeprefix("./")
+                name = as_seen(name.removeprefix("./"))
                 if not name or name in label_of:
                     raise UserError(f"{where} names {f'{name!r} a second time' if name else 'no file'}")
                 label_of[name] = _parse_label(wnid, index, where)
@@ -283,16 +288,17 @@ def _find_csv(layout: Layout) -> _LabelTable | None:
 
 
 def _read_csvs_in(folder: Path) -> list[_LabelTable]:
-    return [_read_csv(path) for path in sorted(folder.glob("*labels*.csv")) if not path.name.startswith(".")]
+    return [_read_csv(path) for path in sorted(folder.glob("*labels*.csv")) if not is_foreign(path.name)]
 
 
 def _positions(layout: Layout) -> dict[str, int]:
     """Position of an image by each way to name it: relative to the folder or its parent, or bare if that is unique."""
-    bare = [os.path.basename(name) for name in layout.names]
+    names, place = [as_seen(name) for name in layout.names], as_seen(layout.place.name)
+    bare = [os.path.basename(name) for name in names]
     counts = Counter(bare)
     positions = {name: position for position, name in enumerate(bare) if counts[name] == 1}
-    for position, name in enumerate(layout.names):
-        positions[f"{layout.place.name}/{name}"] = positions[name] = position
+    for position, name in enumerate(names):
+        positions[f"{place}/{name}"] = positions[name] = position
     return positions
 
 

@@ -26,7 +26,9 @@ from PIL import Image, UnidentifiedImageError
 
 from igstore.errors import IgstoreError, ImageError, UserError
 from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
+from igstore.names import as_seen
 from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice
+from igstore.storage.reading import access_error, is_of_the_machine
 
 __all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
 
@@ -85,6 +87,8 @@ class ImageList:
         ------
         ImageError
             It cannot be read (missing, empty, truncated, not an image, too large ...); the message is the reason.
+        AccessError
+            No image can be read at the moment: no more files may be open, the mount is gone.
         UserError
             A dataset gave something else than a PIL image or a uint8 array.
         """
@@ -107,6 +111,8 @@ def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
     except IgstoreError:
         raise
     except (Exception, SystemExit) as error:  # Pillow's decoders and users' datasets may raise anything
+        if is_of_the_machine(error):  # and so of every image, which are none the worse for it
+            raise access_error("an image cannot be read", error) or error from error
         raise ImageError(_reason(error)) from error
 
 
@@ -328,6 +334,7 @@ def _describe(value: Any) -> str:
 
 def _ids_from_names(names: Sequence[str]) -> list[str]:
     """File stems; the whole name where stems collide."""
+    names = [as_seen(name) for name in names]
     stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
     counts = Counter(stems)
     return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
@@ -342,6 +349,7 @@ def _make_list(
     wnids: tuple[str, ...] | None,
 ) -> ImageList:
     """Sort by id, check that ids differ, and take the fingerprint. `ids` and `labels` are in the source's order."""
+    ids = [as_seen(one) for one in ids]
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
     sorted_ids = tuple(ids[position] for position in order)
     for one, other in itertools.pairwise(sorted_ids):

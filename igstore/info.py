@@ -110,7 +110,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
     in_top5 = [record["in_top5"] for record in records if "in_top5" in record]
     ranked = [record for of_ranking in rankings.values() for record in of_ranking.values()]
     return StoreInfo(
-        path=str(path),
+        path=store.where,
         settings=store.spec.to_attributes(),
         versions=store.attributes.get("versions", {}),
         n_images=store.n_images,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from igstore.progress import Progress
 from igstore.schema import BUILT, UNKNOWN_LABEL, Preprocessing
 from igstore.storage import files
 from igstore.storage.copies import read_shard
+from igstore.storage.hdf5_writer import new_file
 from igstore.storage.reader import StoreReader
 
 _CHANNELS = 3
@@ -106,17 +108,33 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
     """
     built = _built(store)
     size, n_channels = store.spec.preprocessing.crop, _CHANNELS if store.spec.reduce == "none" else 1
-    x = np.lib.format.open_memmap(path / "x_batch.npy", "w+", np.float32, (len(built), _CHANNELS, *size))
-    a = np.lib.format.open_memmap(path / "a_batch.npy", "w+", np.float32, (len(built), n_channels, *size))
-    np.save(path / "y_batch.npy", store.scalars("target")[built].astype(np.int64))
     table = normalised_values(store.spec.preprocessing)
-    for piece in _pieces(store, progress):
-        for channel, values in enumerate(table):
-            x[piece.first : piece.last, channel] = values[piece.pixels[:, channel]]
-        a[piece.first : piece.last] = piece.attribution
+    with (
+        _npy(path / "x_batch.npy", np.float32, (len(built), _CHANNELS, *size)) as x,
+        _npy(path / "a_batch.npy", np.float32, (len(built), n_channels, *size)) as a,
+        _npy(path / "y_batch.npy", np.int64, (len(built),)) as y,
+    ):
+        y.write(store.scalars("target")[built].astype(np.int64).data)
+        for piece in _pieces(store, progress):
+            normalised = [values[piece.pixels[:, channel]] for channel, values in enumerate(table)]
+            x.write(np.stack(normalised, axis=1).data)
+            a.write(np.ascontiguousarray(piece.attribution).data)
     ids = "".join(f"{store.image_ids[image]}\n" for image in built.tolist())
     files.write_atomically(path / "image_ids.txt", ids.encode())
     files.write_json(path / "settings.json", store.spec.to_attributes())
+
+
+@contextmanager
+def _npy(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """A new ``.npy`` file, whose values are to be written to it in order; on the disk when the context ends.
+
+    A map into memory would take fewer words, and a full disk would end the process.
+    """
+    with path.open("xb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
+    files.flush(path)
 
 
 def normalised_values(preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -152,16 +170,15 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     DamagedStoreError
         A shard is not what its record says.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
     built = _built(store)
     labels, targets, predictions = (store.scalars(name)[built] for name in ("label", "target", "prediction"))
     classes = _label_map(store, int(max(labels.max(), targets.max(), predictions.max())))
     unknown = len(classes) - 1
     shape = (len(built), _CHANNELS, *store.spec.preprocessing.crop)
-    with h5py.File(path / "input.h5", "x") as inputs, h5py.File(path / "attribution.h5", "x") as attributions:
+    with (
+        new_file(path / "input.h5") as (inputs, check_inputs),
+        new_file(path / "attribution.h5") as (attributions, check_attributions),
+    ):
         inputs["label"] = np.where(labels == UNKNOWN_LABEL, unknown, labels).astype(np.uint16)
         attributions["label"] = targets.astype(np.uint16)
         data = inputs.create_dataset("data", shape, np.uint8)
@@ -173,6 +190,8 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
             data[of_piece] = piece.pixels
             maps[of_piece] = piece.attribution * np.float32(piece.attribution.shape[1] / _CHANNELS)
             prediction[of_piece] = predictions[of_piece, np.newaxis] == np.arange(len(classes))
+            check_inputs()
+            check_attributions()
     files.write_atomically(path / "label-map.json", (json.dumps(classes, indent=1) + "\n").encode())
     files.write_json(path / "project.yaml", _project(store))  # JSON is YAML
 

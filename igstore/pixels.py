@@ -15,8 +15,8 @@ from igstore.errors import ImageError, SettingsMismatchError, UserError
 from igstore.images import ImageList, as_image_list, find_images, prepare
 from igstore.schema import BUILT, Preprocessing
 from igstore.storage import hdf5
+from igstore.storage.addresses import is_url
 from igstore.storage.reader import Form, StoreReader
-from igstore.storage.sources import is_url
 
 # What decides the pixels of an image; mean and std only come after them.
 _CROP_FIELDS = ("resize", "crop", "interpolation")

@@ -20,6 +20,7 @@ from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import FILLS, SELECTIONS
+from igstore.names import as_seen
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
@@ -129,7 +130,8 @@ def _find(source: MaskedImages, ids: Sequence[str]) -> Images:
     if not ids:
         raise UserError("image is empty; give at least one id, or leave it out")
     store = source.reader
-    numbers = {name: number for number, name in enumerate(store.image_ids)}
+    numbers = {as_seen(name): number for number, name in enumerate(store.image_ids)}
+    ids = [as_seen(name) for name in ids]
     for name in ids:
         if name not in numbers:
             close = [known for known in numbers if name in known][:5] or get_close_matches(name, numbers, 5)

@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from igstore import cli
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
+from igstore.names import is_foreign
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
 from igstore.storage import files
+from igstore.storage.addresses import shown
 from igstore.storage.contents import Problems, check_images, check_ranks
 from igstore.storage.hdf5_form import Hdf5Form
 from igstore.storage.integrity import Finding, check_shard
 from igstore.storage.reader import RankingReader, Sharded, StoreReader
+from igstore.storage.reading import NOT_THERE, parse_json, reading
 from igstore.storage.sources import LocalFiles, Source, open_source
 from igstore.storage.store import consolidated, metadata, ranking_metadata
 from igstore.storage.zarr_form import ZarrForm
@@ -76,6 +79,8 @@ def verify_store(
         There is no store at `path`.
     SettingsMismatchError
         It is not a store of this format version.
+    AccessError, UnreachableError
+        Its metadata cannot be looked at. Shards that cannot are findings, ``is_unread``.
     UserError
         The model, weights or images for `recompute` are not at hand, or not those of the store, or must be named.
 
@@ -108,7 +113,8 @@ def verify_store(
     if isinstance(store.form, ZarrForm) and isinstance(
         store.form.source, LocalFiles
     ):  # nobody else can say which files there are
-        findings += _orphans(store, rankings)
+        reported = {finding.file for finding in findings}
+        findings += [finding for finding in _orphans(store, rankings) if finding.file not in reported]
     if again is not None and not findings:
         findings += again.findings()
     return findings
@@ -124,8 +130,9 @@ def _is_unsealed(source: Source) -> bool:
 def _document(source: Source, file: str) -> dict[str, Any] | None:
     """A JSON object in a file, None where there is none."""
     try:
-        document = json.loads(source.read(file))
-    except (OSError, ValueError, RecursionError):
+        with reading(file):
+            document = parse_json(source.read(file))
+    except (DamagedStoreError, *NOT_THERE):
         return None
     return document if isinstance(document, dict) else None
 
@@ -183,7 +190,7 @@ def _list_findings(store: StoreReader) -> list[Finding]:
         if list(store.image_ids) == sorted(set(store.image_ids)):
             return []
         problem = "lists names that are not different and in order"
-    except IgstoreError as error:
+    except DamagedStoreError as error:
         problem = f"cannot be read: {error}"
     return [Finding(problem, "image_id/zarr.json", array="image_id")]
 
@@ -192,10 +199,13 @@ def _look(
     store: StoreReader, rankings: Sequence[RankingReader], unreadable: set[str | None], shard: int
 ) -> list[Finding]:
     """`_shard_findings`, for shards of stores that were made to mislead."""
+    file = f"records/{shard:05d}.json"
     try:
         return _shard_findings(store, rankings, unreadable, shard)
-    except IgstoreError as error:
-        return [Finding(f"is not what zarr makes of such a shard: {error}", f"records/{shard:05d}.json", shard)]
+    except DamagedStoreError as error:
+        return [Finding(f"is not what zarr makes of such a shard: {error}", file, shard)]
+    except IgstoreError as error:  # the system, or the network
+        return [Finding(f"is of a shard that could not be looked at: {error}", file, shard, is_unread=True)]
 
 
 def _shard_findings(
@@ -274,7 +284,8 @@ def _orphans(store: StoreReader, rankings: Sequence[RankingReader]) -> list[Find
     known |= {f"ranks/{ranking.name}/zarr.json" for ranking in rankings}
     findings = []
     for folder, folders, names in os.walk(store.root):
-        for name in (*folders, *names):
+        folders[:] = [name for name in folders if not is_foreign(name)]
+        for name in (*folders, *(name for name in names if not is_foreign(name))):
             path = Path(folder, name)
             file = path.relative_to(store.root).as_posix()
             mode = path.lstat().st_mode
@@ -291,10 +302,12 @@ def _orphans(store: StoreReader, rankings: Sequence[RankingReader]) -> list[Find
 
 def describe(path: str | os.PathLike[str], findings: Sequence[Finding]) -> list[str]:
     """What `verify_store` found, as lines for people: one for each damage, what is missing together, what to do."""
+    path = shown(path)
     if not findings:
         return [f"{path}: nothing wrong"]
-    damaged = [finding for finding in findings if not finding.is_missing]
-    lines = [str(finding) for finding in damaged]
+    unread = [finding for finding in findings if finding.is_unread]
+    damaged = [finding for finding in findings if not finding.is_missing and not finding.is_unread]
+    lines = [str(finding) for finding in (*damaged, *unread)]
     missing: dict[str, list[int]] = {}
     for finding in findings:
         if finding.is_missing and finding.shard is not None:
@@ -304,10 +317,15 @@ def describe(path: str | os.PathLike[str], findings: Sequence[Finding]) -> list[
     for group, shards in missing.items():
         of = "" if group == "ranks" else f" of {group}"
         lines.append(f"not finished: shard{'s' * (len(shards) > 1)} {_few(shards)}{of}")
+    if unread:
+        count = "1 shard" if len(unread) == 1 else f"{len(unread)} shards"
+        lines.append(f"{path}: nothing is known of {count}; let this user read the files, and verify again")
     if damaged:
         repair = "`igstore build` with the arguments that made the store makes damaged shards again"
         count = "1 thing is" if len(damaged) == 1 else f"{len(damaged)} things are"
         return [*lines, f"{path}: {count} wrong; {repair}, and `igstore rank` those of rankings"]
+    if unread:
+        return lines
     return [*lines, f"{path}: nothing that is there is wrong; the same `igstore build`, or `igstore rank`, goes on"]
 
 
@@ -352,7 +370,7 @@ def main(argv: Sequence[str]) -> int:
         seed=options.seed,
         show_progress=output.show_progress,
     )
-    output.result({"store": options.store, "findings": findings}, describe(options.store, findings))
+    output.result({"store": shown(options.store), "findings": findings}, describe(options.store, findings))
     return cli.FAILED if findings else cli.DONE
 
 

@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -25,6 +26,7 @@ from igstore import __version__, cli
 from igstore.errors import StoreExistsError, UserError
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
+from igstore.storage.reading import is_of_the_machine
 
 _PAGE = Path(__file__).parent / "viewer"
 _PAGE_TYPES = {
@@ -33,6 +35,7 @@ _PAGE_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".txt": "text/plain; charset=utf-8",
 }
+_NO_FILES_PAUSE = 0.1  # seconds
 _STORE = "store"  # folder of the store's address
 _STORE_ADDRESS = 'name="igstore-store" content="{}"'  # in the page: where its store is
 _HEADERS = {
@@ -186,6 +189,7 @@ def requested_range(header: str | None, size: int) -> tuple[int, int] | None:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 1024  # connections that wait to be accepted, when a page asks for much at once
 
     def __init__(self, host: str, port: int, store: Path) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -195,6 +199,14 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.server_address[1]}/"
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if is_of_the_machine(error):  # no more files may be open, so the connection waits until one is closed
+                time.sleep(_NO_FILES_PAUSE)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
@@ -224,7 +236,12 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # which would hold a body back for 40 ms, until its headers are acknowledged
 
     def do_GET(self) -> None:
-        self._answer()
+        try:
+            self._answer()
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
+            self._fail(HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "1"})
 
     do_HEAD = do_GET
 
@@ -271,7 +288,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, path: Path, content_type: str) -> None:
         try:
             file = path.open("rb")
-        except OSError:
+        except OSError as error:
+            if is_of_the_machine(error):
+                raise
             self._fail(HTTPStatus.NOT_FOUND)
             return
         with file:

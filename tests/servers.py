@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,15 +24,19 @@ class Served:
         (path, first byte or None, one after the last or None) of each request, in order.
     gives_parts
         Whether a request for a part is answered with it, or with the whole file, as many simple servers do.
+    tags
+        Whether files have an ETag and a Last-Modified, as they have on most servers.
     fault
         Called with a path and how often it was asked for before; returns a status to answer with instead, "cut" to
-        break off in the middle, "hang" to say nothing for a while, or None.
+        break off in the middle, "hang" to say nothing for a while, a function that answers in any other way, given the
+        handler of the request and the part that was asked for, or None.
     """
 
     url: str = ""
     requests: list[tuple[str, int | None, int | None]] = field(default_factory=list)
     gives_parts: bool = True
-    fault: Callable[[str, int], int | str | None] = lambda path, before: None
+    tags: bool = False
+    fault: Callable[[str, int], int | str | Callable[..., None] | None] = lambda path, before: None
 
     def asked(self, name: str) -> list[tuple[str, int | None, int | None]]:
         return [request for request in self.requests if name in request[0]]
@@ -53,14 +58,18 @@ def http_server(folder: Path) -> Iterator[Served]:
             if isinstance(fault, int):
                 self.send_error(fault)
                 return
+            if callable(fault):
+                fault(self, wanted)
+                return
             if fault == "hang":
                 time.sleep(3)
                 self.close_connection = True
                 return
             has_part = content_range and served.gives_parts
             try:
-                with (folder / self.path.lstrip("/")).open("rb") as file:
-                    size = os.fstat(file.fileno()).st_size
+                with (folder / self.path.partition("?")[0].lstrip("/")).open("rb") as file:
+                    status = os.fstat(file.fileno())
+                    size = status.st_size
                     file.seek(wanted[0] or 0 if has_part else 0)
                     content = file.read(wanted[1] - wanted[0] if has_part else -1)
             except OSError:
@@ -74,6 +83,9 @@ def http_server(folder: Path) -> Iterator[Served]:
                 self.send_header("Content-Range", f"bytes {wanted[0]}-{wanted[0] + len(content) - 1}/{size}")
             else:
                 self.send_response(200)
+            if served.tags:
+                self.send_header("ETag", f'"{status.st_mtime_ns:x}-{size:x}"')
+                self.send_header("Last-Modified", formatdate(status.st_mtime, usegmt=True))
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if fault == "cut":
@@ -86,6 +98,7 @@ def http_server(folder: Path) -> Iterator[Served]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # clients hang up on servers that misbehave
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     served.url = f"http://127.0.0.1:{server.server_port}"
@@ -95,3 +108,12 @@ def http_server(folder: Path) -> Iterator[Served]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def answer(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    """Answer a request with just that; headers are given with underscores, and Content-Length is added if missing."""
+    handler.send_response(status)
+    for name, value in {"Content_Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)

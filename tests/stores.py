@@ -31,6 +31,16 @@ def text(strings: Sequence[str]) -> np.ndarray:
     return np.array(strings, np.dtypes.StringDType())
 
 
+def mapped_file(array: np.ndarray) -> str | None:
+    """The file whose bytes an array's are, as the system says; None where they are a copy."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, *_, name = line.split(maxsplit=5)
+        first, last = (int(bound, 16) for bound in bounds.split("-"))
+        if first <= array.ctypes.data < last:
+            return name if name.startswith("/") else None
+    return None
+
+
 def image_ids(n: int) -> list[str]:
     return [f"image_{index:04d}" for index in range(n)]
 

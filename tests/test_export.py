@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -528,3 +530,101 @@ def test_the_command(store, out, capsys):
     assert "exists" in capsys.readouterr().err
     assert main([str(store), str(out.with_name("b")), "--compress", "zstd", "--json", "--quiet"]) == cli.DONE
     assert json.loads(capsys.readouterr().out)["format"] == "zarr"
+
+
+# full disks
+
+# Exports to a path with room for ever more: bytes of a file at most, or "mount" a file system of that size there.
+FULL = """
+import json, resource, signal, subprocess, sys
+from pathlib import Path
+import igstore, igstore.errors
+
+store, folder, form, how, *sizes = sys.argv[1:]
+out = Path(folder, "out")
+for size in map(int, sizes):
+    if how == "mount":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        igstore.export_store(store, out, format=form)
+        said = ""
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    left = sorted(path.name for path in Path(folder).iterdir())
+    print(json.dumps([said, left]), flush=True)
+    if how == "mount":
+        subprocess.run(["umount", folder], check=True)
+    elif left:
+        break
+"""
+
+
+@pytest.mark.parametrize("form", ["zarr", "ranks", "hdf5", "quantus", "virelay"])
+@pytest.mark.parametrize("how", ["mount", "limit"])
+def test_a_full_disk_is_told_and_nothing_is_left(store, tmp_path, form, how):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if how == "mount":
+        probe = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+        if subprocess.run(probe, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a file system")
+        subprocess.run(["umount", folder], check=True)
+        sizes = [2**13 * 2**step for step in range(9)] + [2**24]
+    else:
+        sizes = [100, 3000, 9000, 2**14, 2**15, 2**16, 2**17, 2**24]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, store, folder, form, how, *map(str, sizes)],
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()  # a signal, rather than an error, ended it before
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    *failed, (said, left) = results
+    assert (said, left) == ("", ["out"])
+    assert len(failed) >= 3
+    for said, left in failed:
+        if said:  # the disk was too small, and by whatever margin it is said
+            assert left == []
+            assert str(folder / "out") in said
+            assert "No space left on device" in said or "File too large" in said
+
+
+@pytest.mark.parametrize("form", ["hdf5", "virelay"])
+@pytest.mark.parametrize("event", ["open", "os.rename", "os.rmdir"])
+def test_whenever_an_export_is_killed_the_next_one_leaves_nothing_of_it(store, out, form, event):
+    killed = KILLED_AT.format(event=event)
+    for count in (1, 2, 5):
+        command = [sys.executable, "-c", killed, store, out, form, str(count)]
+        done = subprocess.run(command, check=False, capture_output=True, cwd=Path(__file__).parents[1])
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
+        with contextlib.suppress(StoreExistsError):  # it was killed just after the rename
+            export_store(store, out, format=form)
+        assert [path.name for path in out.parent.iterdir()] == [out.name]
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+
+
+KILLED_AT = """
+import os, signal, sys
+import igstore, igstore.storage.appearing
+left = int(sys.argv[4])
+
+def hook(event, arguments):
+    global left
+    if event == {event!r} and ".partial" in str(arguments[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+igstore.export_store(sys.argv[1], sys.argv[2], format=sys.argv[3])
+"""
+
+
+def test_hdf5_names_an_id_that_it_cannot_hold(tmp_path, out):
+    ids = [("a\0b", np.zeros((18, 18, 3), np.uint8), 0), ("c", np.zeros((18, 18, 3), np.uint8), 1)]
+    build_store(NETWORK, ids, tmp_path / "zero.zarr", **SETTINGS)
+    with pytest.raises(UserError, match=r"a.x00b' has a zero byte"):
+        export_store(tmp_path / "zero.zarr", out, format="hdf5")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from stores import make_store
+from stores import make_store, mapped_file
 from torch.utils.data import DataLoader
 
 from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_store
@@ -78,7 +78,7 @@ def test_many_workers_read_it(folder: Path, file: Path, start: str) -> None:
 
 def test_images_are_mapped(file: Path) -> None:
     shard = StoreReader(file).array("pixels").shard(2)
-    assert isinstance(shard, np.memmap)
+    assert mapped_file(shard) == str(file)
     assert len(shard) == N - 2 * SHARD
 
 
@@ -180,3 +180,17 @@ def test_a_file_that_lists_more_than_it_has(copy: Path, n_images: object) -> Non
         opened.attrs["igstore"] = json.dumps(attributes)
     with pytest.raises(DamagedStoreError, match="says that it lists"):
         StoreReader(copy)
+
+
+def test_records_and_names_that_are_no_texts(copy: Path) -> None:
+    with h5py.File(copy, "r+") as opened:
+        del opened["records/build"]
+        opened["records/build"] = np.arange(3)
+    with pytest.raises(DamagedStoreError, match="no texts"):
+        _ = StoreReader(copy).status
+    with h5py.File(copy, "r+") as opened:
+        ids = opened["image_id"]
+        ids[1] = b"\xff\xfe"
+    with pytest.raises(DamagedStoreError, match="UnicodeDecodeError"):
+        _ = StoreReader(copy).image_ids
+    assert "cannot be read" in StoreReader(copy).form.problem("image_id/c/0", {})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import multiprocessing
+import os
 import pickle
 import random
 import shutil
@@ -30,7 +32,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 
-from igstore.errors import DataNotFoundError, ImageError, UserError
+from igstore.errors import AccessError, DataNotFoundError, ImageError, OutOfMemoryError, UserError
 from igstore.images import ImageList, as_image_list, find_images, prepare, synsets
 from igstore.schema import Interpolation, Preprocessing
 
@@ -884,3 +886,115 @@ def test_prepare_refuses_what_would_not_fit_in_memory() -> None:
 def test_images_do_not_need_torch() -> None:
     code = "import sys, igstore.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+
+
+# what other systems leave, and how they write names
+
+LITTER = [
+    ".DS_Store",
+    "._cat.jpg",
+    ".nfs000000000123.jpg",
+    ".fuse_hidden00000001.png",
+    "Thumbs.db",
+    "desktop.ini",
+    "Icon\r",
+    "~$labels.csv",
+    ".Spotlight-V100/store.jpg",
+    "@eaDir/cat.jpg/SYNOPHOTO_THUMB_M.jpg",
+    "@eaDir/thumb.jpg",
+    "@eaDir/folder.jpg/x.jpg",
+    "#recycle/dog.jpg",
+    "$RECYCLE.BIN/dog.jpg",
+    "System Volume Information/x.jpg",
+    "lost+found/dog.jpg",
+    "__MACOSX/._cat.jpg",
+    "__MACOSX/dog.jpg",
+]
+
+
+@pytest.mark.parametrize("inside", ["", f"{WNIDS[3]}/"], ids=["flat", "folders"])
+def test_what_other_systems_leave_is_no_image(tmp_path: Path, inside: str) -> None:
+    write(tmp_path / f"{inside}cat.jpg")
+    if not inside:
+        (tmp_path / "labels.csv").write_text("file,class_index\ncat.jpg,1\n")
+    before = find_images(tmp_path)
+    for name in LITTER:
+        for home in {"", inside}:
+            write(tmp_path / home / name, b"file,class_index\nnothing.jpg,1\n" if name.endswith("csv") else b"")
+    assert find_images(tmp_path).fingerprint == before.fingerprint
+    assert find_images(tmp_path).ids == ("cat",)
+
+
+def test_what_other_systems_leave_in_a_tar_is_no_image(official: Path) -> None:
+    before = find_images(official)
+    with tarfile.open(official / "ILSVRC2012_img_val.tar", "a") as tar:
+        for name in ("._ILSVRC2012_val_00000001.JPEG", "__MACOSX/._ILSVRC2012_val_00000001.JPEG"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert find_images(official).ids == before.ids
+
+
+def test_a_folder_named_like_an_image_is_none(tmp_path: Path) -> None:
+    write(tmp_path / WNIDS[3] / "cat.jpg")
+    (tmp_path / WNIDS[3] / "dog.jpg").mkdir()
+    assert find_images(tmp_path).ids == ("cat",)
+
+
+def test_a_pipe_named_like_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "cat.jpg")
+    os.mkfifo(tmp_path / "dog.jpg")
+    images = find_images(tmp_path)
+    assert images.ids == ("cat", "dog")
+    with pytest.raises(ImageError, match="not a regular file"):
+        images.read(1)
+
+
+COMPOSED, DECOMPOSED = "Caf\u00e9 \u00c5ngstr\u00f6m", "Cafe\u0301 A\u030angstro\u0308m"
+
+
+@pytest.mark.parametrize("on_disk", [COMPOSED, DECOMPOSED], ids=["NFC", "NFD"])
+@pytest.mark.parametrize("in_csv", [COMPOSED, DECOMPOSED], ids=["NFC", "NFD"])
+@pytest.mark.parametrize("place", ["", "folder/", "parent"])
+def test_names_are_compared_as_people_see_them(tmp_path: Path, on_disk: str, in_csv: str, place: str) -> None:
+    root = tmp_path / f"{on_disk} images"
+    inside = f"{on_disk}/" if place == "folder/" else ""
+    write(root / f"{inside}{on_disk}.jpg")
+    write(root / f"{inside}zebra.jpg")
+    named = {"": "", "folder/": f"{in_csv}/", "parent": f"{in_csv} images/"}[place]
+    (tmp_path / "labels.csv").write_text(f"file,class_index\n{named}{in_csv}.jpg,1\nzebra.jpg,2\n")
+    images = find_images(root, labels=tmp_path / "labels.csv")
+    assert images.ids == (COMPOSED, "zebra")
+    assert images.labels.tolist() == [1, 2]
+    for image in range(2):
+        images.read(image)
+
+
+def test_lists_of_the_same_names_are_the_same(tmp_path: Path) -> None:
+    prints = set()
+    for form in (COMPOSED, DECOMPOSED):
+        for name in (form, "Cafd", "Cafz"):
+            write(tmp_path / form[:4].encode().hex() / f"{name}.jpg")
+        prints.add(find_images(tmp_path / form[:4].encode().hex()).fingerprint)
+        given = [(name, Image.new("RGB", (4, 4)), None) for name in (form, "Cafd", "Cafz")]
+        prints.add(as_image_list(given).fingerprint)
+    assert len(prints) == 1
+
+
+def test_two_names_that_people_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    for form in (COMPOSED, DECOMPOSED):
+        write(tmp_path / f"{form}.jpg")
+    with pytest.raises(UserError, match="two images have the id"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENODEV, errno.ENOTCONN])
+def test_no_image_fails_for_what_the_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """It would be recorded as a failure of the image for good."""
+    write(tmp_path / "cat.jpg")
+    images = find_images(tmp_path)
+
+    def refuse(_: Path) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises((AccessError, OutOfMemoryError), match=os.strerror(code)):
+        images.read(0)

@@ -14,11 +14,11 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors schema locks files progress cli commands completion parts
+errors locks names reading schema files addresses progress cli commands completion parts
 freed_memory quadrature blocks masks memory modules convolutions activations fusion acceleration
 backward stem
-imagenet images normalisation weights baselines models attribution layout given_maps hdf5
-cache sources arrays zarr_form hdf5_form reader staging presence store
+imagenet images normalisation weights baselines models attribution layout zarr_metadata given_maps hdf5
+mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair
 decoding pixels masking schedulers
 views dataset batches
@@ -32,9 +32,9 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors schema locks files progress cli commands completion parts schedulers build
-imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout
-cache sources arrays zarr_form hdf5_form reader staging presence store
+errors locks names reading schema files addresses progress cli commands completion parts schedulers build
+imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
+mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge
 show view proportions results tables

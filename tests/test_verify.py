@@ -15,7 +15,17 @@ import zarr
 from networks import Smooth
 from torch import Tensor, nn
 
-from igstore import Classifier, Preprocessing, build_store, classifier_from_module, cli, rank_store, verify_store
+from igstore import (
+    Classifier,
+    Preprocessing,
+    build_store,
+    classifier_from_module,
+    cli,
+    export_store,
+    rank_store,
+    store_info,
+    verify_store,
+)
 from igstore.building.parts import Part
 from igstore.engine.attributor import Attributor
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UnfinishedShardError, UserError
@@ -158,8 +168,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = Fa
 
 
 def linked(file: Path) -> None:
-    shutil.move(file, file.parents[2] / "elsewhere.json")
-    file.symlink_to(file.parents[2] / "elsewhere.json")
+    elsewhere = file.parents[3] / "elsewhere.json"
+    shutil.move(file, elsewhere)
+    file.symlink_to(elsewhere)
 
 
 def folder_at(file: Path) -> None:
@@ -591,6 +602,47 @@ def test_a_store_that_was_not_marked_complete(path):
     [finding] = verify_store(path)
     assert finding.is_missing
     assert finding.file == "zarr.json"
+
+
+LITTER = [
+    ".DS_Store",
+    "._zarr.json",
+    "records/.DS_Store",
+    "records/._00000.json",
+    "ranks/.DS_Store",
+    "ranks/._positive-3",
+    "ranks/@eaDir/zarr.json",
+    "ranks/Thumbs.db",
+    "pixels/c/0/0/0/.nfs0000000012345",
+    "status/c/.fuse_hidden0000000100000001",
+    "@eaDir/zarr.json@SynoEAStream",
+    "@eaDir/zarr.json/SYNOINDEX_MEDIA_INFO",
+    "Thumbs.db",
+    "desktop.ini",
+    "Icon\r",
+    "lost+found/#12345",
+    ".Trash-1000/files/zarr.json",
+]
+
+
+def test_what_other_systems_leave_is_no_damage(path, tmp_path):
+    for name in LITTER:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"left by another system")
+    assert verify_store(path) == []
+    store = StoreReader(path)
+    assert store.rankings == ["absolute-5", "positive-3"]
+    assert store_info(path).is_complete
+    rank_store(path, score="absolute")
+    export_store(path, tmp_path / "copy.zarr")
+    assert verify_store(path) == []
+    assert not [file for file in (tmp_path / "copy.zarr").rglob("*") if file.name in map(os.path.basename, LITTER[:2])]
+
+
+def test_what_nobody_left_by_itself_is_still_found(path):
+    for name in ("Thumbs.db.zarr", "records/notes.txt", "eaDir"):
+        (path / name).write_bytes(b"put there")
+    assert sorted(finding.file for finding in verify_store(path)) == ["Thumbs.db.zarr", "eaDir", "records/notes.txt"]
 
 
 def test_what_is_no_store_is_a_mistake_and_not_damage(tmp_path):

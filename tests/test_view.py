@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from igstore.__main__ import COMMANDS
 from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import finish_store
-from igstore.view import requested_range, save_page, serve
+from igstore.view import _Server, requested_range, save_page, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIEWER = REPOSITORY / "igstore" / "viewer"
@@ -291,6 +292,80 @@ def test_a_connection_serves_many_requests(address, store):
         for first in range(3):
             connection.request("GET", f"/store/toy.zarr/{SHARD}", headers={"Range": f"bytes={first}-9"})
             assert connection.getresponse().read() == (store / SHARD).read_bytes()[first:10]
+
+
+def test_connections_wait_to_be_accepted(store):
+    """A page asks for hundreds of parts at once, and none may be turned away."""
+    server = _Server("127.0.0.1", 0, store)  # which accepts nothing yet
+    with contextlib.closing(server.socket), contextlib.ExitStack() as stack:
+        for _ in range(200):
+            waiting = stack.enter_context(contextlib.closing(socket.socket()))
+            waiting.settimeout(5)
+            waiting.connect(server.server_address)
+
+
+# A server in a process that has no more files to open; it prints its address, and then, when a line is written to it,
+# how often it tried to accept a connection that waits.
+WITHOUT_FILES = """
+import os, resource, sys, threading
+import igstore.view as view
+tried = 0
+class Server(view._Server):
+    def get_request(self):
+        global tried
+        tried += 1
+        return super().get_request()
+view._Server = Server
+with view.serve(sys.argv[1]) as url:
+    print(url, flush=True)
+    sys.stdin.readline()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1,) * 2)
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    print("full", flush=True)
+    sys.stdin.readline()
+    print(tried, flush=True)
+    for descriptor in held:
+        os.close(descriptor)
+    sys.stdin.readline()
+"""
+
+
+def test_a_server_without_files_waits_for_them(store):
+    with subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_FILES, store],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def go_on() -> str:
+            print(file=process.stdin, flush=True)
+            return process.stdout.readline().strip()
+
+        url = process.stdout.readline().strip()
+        with contextlib.closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)) as kept:
+            kept.request("GET", f"/store/toy.zarr/{SHARD}")
+            assert kept.getresponse().read() == (store / SHARD).read_bytes()
+            before = 1
+            assert go_on() == "full"
+            with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as waiting:
+                kept.request("GET", f"/store/toy.zarr/{SHARD}")
+                refused = kept.getresponse()
+                assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+                time.sleep(1)
+                assert int(go_on()) - before <= 25  # ten a second, not as many as a processor can
+                waiting.sendall(b"GET /viewer.js HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert waiting.recv(12) == b"HTTP/1.1 200"
+        process.communicate("\n", timeout=60)
 
 
 # The page as files

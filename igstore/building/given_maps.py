@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import UserError
+from igstore.names import as_seen
 
 _BATCH = 64  # maps in memory at a time
 
@@ -109,4 +110,4 @@ def read_ids(path: str | os.PathLike[str]) -> list[str]:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the ids cannot be read from {path}: {error}; it must be text, an id a line") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [as_seen(line.strip()) for line in lines if line.strip()]

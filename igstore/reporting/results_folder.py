@@ -16,6 +16,7 @@ import xarray as xr
 from zarr.errors import ZarrUserWarning
 
 from igstore.errors import DamagedStoreError, StoreExistsError, UserError
+from igstore.names import is_foreign
 from igstore.reporting.results import Row
 from igstore.reporting.tables import article_tables
 from igstore.storage import files
@@ -25,9 +26,8 @@ RESULTS, CSV, TABLES, PREDICTIONS = "results.json", "results.csv", "tables.md", 
 
 def check_out(out: Path) -> None:
     """Raise `StoreExistsError` unless a report may be written to `out`: nothing there, or nothing but a report."""
-    strangers = (
-        sorted({path.name for path in out.iterdir()} - {RESULTS, CSV, TABLES, PREDICTIONS}) if out.is_dir() else []
-    )
+    names = {path.name for path in out.iterdir() if not is_foreign(path.name)} if out.is_dir() else set()
+    strangers = sorted(names - {RESULTS, CSV, TABLES, PREDICTIONS})
     if strangers or (out.exists() and not out.is_dir()):
         what = f"holds {strangers[0]}, which igstore evaluate did not make" if strangers else "is a file"
         raise StoreExistsError(f"{out} {what}: give another --out, or remove it")

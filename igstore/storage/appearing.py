@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from igstore.errors import StoreExistsError, UserError
+from igstore.errors import IgstoreError, StoreExistsError, UserError
 from igstore.storage import files
 from igstore.storage.locks import lock
+from igstore.storage.reading import access_error
 
 
 @contextmanager
 def appearing(out: Path, *, is_file: bool = False) -> Iterator[Path]:
     """Give an empty folder, or file, to be filled, which is renamed to `out` when the context ends well, or is removed.
 
-    What a process that was killed left of `out` is removed first; what a living one is making is left alone: it is
-    locked. There is nothing beside it, so that a kill at any moment leaves either it or `out`.
+    What a process that was killed left of `out` is removed first, where locks say that it is not alive. A kill at any
+    moment leaves either the one or the other, and nothing beside them.
 
     Parameters
     ----------
@@ -33,11 +34,13 @@ def appearing(out: Path, *, is_file: bool = False) -> Iterator[Path]:
         There is something at `out`.
     UserError
         Nothing can be made beside it.
+    AccessError
+        The system does not let it be written: the disk is full, among other things.
     """
-    _check_free(out)
     for leftover in files.temporaries(out):
         if not files.is_of_another_machine(leftover):
             _remove_unless_alive(leftover)
+    _check_free(out)
     making = files.temporary_name(out)
     try:
         if is_file:
@@ -54,8 +57,10 @@ def appearing(out: Path, *, is_file: bool = False) -> Iterator[Path]:
             _check_free(out)
             making.replace(out)
             files.flush_names(out.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(making)
+        if isinstance(error, OSError) and not isinstance(error, IgstoreError):
+            raise access_error(f"{out} cannot be written", error) or error from error
         raise
 
 

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.errors import DamagedStoreError, IgstoreError
+from igstore.errors import DamagedStoreError
 from igstore.storage import layout
-from igstore.storage.sources import Recorded
+from igstore.storage.reading import Recorded
 
 Recording = Callable[[int], dict[str, Any] | None]  # the record of a shard, None where it is not finished
 
-NOT_THERE = (FileNotFoundError, NotADirectoryError)
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Whatever is raised of contents that are not what they should be comes out as `DamagedStoreError`."""
-    try:
-        yield
-    except (IgstoreError, *NOT_THERE):
-        raise
-    except Exception as error:  # zarr, its codecs and HDF5 raise almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DamagedStoreError(f"{what} cannot be read: {reason}") from error
+_MOST_MAPS = 128  # of an array at once: systems limit how many a process may have, and how much they may span
 
 
 class ImageArray(ABC):
@@ -79,6 +66,8 @@ class ImageArray(ABC):
             An index is below 0 or not below the number of images.
         DamagedStoreError
             An image's shard is not finished, or its file contradicts the layout.
+        AccessError
+            The system does not let it be read.
         """
         if isinstance(images, slice):
             wanted = np.arange(*images.indices(len(self)))
@@ -97,11 +86,11 @@ class ImageArray(ABC):
         return result
 
     def shard(self, shard: int) -> NDArray[Any]:
-        """All images of a shard, (image, ...), not to be written to: where it is one run of bytes, a memory map.
+        """All images of a shard, (image, ...), not to be written to: where it is one run of bytes, mapped into memory.
 
         Raises
         ------
-        DamagedStoreError
+        DamagedStoreError, AccessError
             As `read`.
         """
         mapped = self._map(shard)
@@ -126,11 +115,17 @@ class ImageArray(ABC):
         return recorded
 
     def _map(self, shard: int) -> NDArray[Any] | None:
-        """The shard as a memory map (image, ...), or None where it is not one run of bytes on this machine."""
+        """The shard mapped into memory, (image, ...), or None where it is not one run of bytes on this machine."""
         recorded = self._record_of_file(shard)
-        if shard not in self._maps:
-            self._maps[shard] = self._new_map(shard, recorded)
-        return self._maps[shard]
+        try:
+            mapped = self._maps.pop(shard)
+        except KeyError:  # or another thread has it in hand, and then there are two for a moment
+            mapped = self._new_map(shard, recorded)
+        self._maps[shard] = mapped  # the last one, being the one used last
+        if len(self._maps) > _MOST_MAPS:
+            for least_used in list(self._maps)[:-_MOST_MAPS]:
+                self._maps.pop(least_used, None)
+        return mapped
 
     def _read_shard(self, shard: int, within: NDArray[np.int64]) -> NDArray[Any]:
         mapped = self._map(shard)

@@ -6,7 +6,6 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -21,18 +20,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from igstore.errors import DamagedStoreError, UserError
+from igstore.errors import UserError
+from igstore.storage.reading import NOT_THERE
 
 _PIECE_BYTES = 1 << 18  # stays in the processor's cache
 
-NOT_THERE = (FileNotFoundError, NotADirectoryError)
-
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-
-# More than class names, metadata of all arrays, or the reasons of a shard of failed images can take.
-MOST_JSON_BYTES = 1 << 26
-_MOST_JSON_VALUES = 1 << 20
 
 PARTIAL = ".partial"  # ends the name of a file that is being written; zarr-python uses the same
 
@@ -202,43 +196,6 @@ def _make_folder(within: int, name: str, path: Path) -> None:
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=within)
     _flush_folder(within)
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """What a regular file holds.
-
-    Raises
-    ------
-    FileNotFoundError, NotADirectoryError
-        There is none.
-    DamagedStoreError
-        It is something else, such as a folder or a pipe, for whose writer one would wait; or it has more than `most`
-        bytes.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise DamagedStoreError(f"{path} is not a regular file")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise DamagedStoreError(f"{path} has {size} bytes, more than {most}")
-        return file.read(size)
-
-
-def parsed_json(content: bytes) -> Any:
-    """What JSON says, in no more memory than a store can need; raises `ValueError` for what is none."""
-    if len(content) > MOST_JSON_BYTES or sum(map(content.count, (b",", b"[", b"{"))) > _MOST_JSON_VALUES:
-        raise ValueError("it is larger than the metadata of any store")
-    try:
-        return json.loads(content, parse_constant=_finite, parse_float=_finite)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no number of JSON's")
-    return number
 
 
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:

@@ -24,6 +24,7 @@ from igstore.storage import files
 
 ATTRIBUTES = "igstore"  # the attribute that holds them all
 SUFFIXES = (".h5", ".hdf5")
+SIGNATURE = b"\x89HDF\r\n\x1a\n"  # begins a file
 
 
 def records_dataset(ranking: str | None) -> str:

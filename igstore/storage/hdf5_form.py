@@ -6,8 +6,8 @@ that is, and for what is small. The file is opened anew each time, so nothing of
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.storage import hdf5, layout
-from igstore.storage.arrays import ImageArray, Recording, reading
-from igstore.storage.sources import Recorded
+from igstore.storage.arrays import ImageArray, Recording
+from igstore.storage.mapped import map_array
+from igstore.storage.reading import Recorded, open_regular, parse_json, read_parts, reading
 
 
 class Hdf5Form:
@@ -36,28 +37,32 @@ class Hdf5Form:
         h5py is not installed.
     """
 
+    said: Mapping[str, str] = {}  # no server says anything
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.where = str(path)
         try:
-            import h5py
+            import h5py  # noqa: F401
         except ImportError as error:
             raise UserError(f"{path}: HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
-        self._is_hdf5 = bool(h5py.is_hdf5(path))
 
     @contextmanager
     def _file(self) -> Iterator[Any]:
         import h5py
 
-        with h5py.File(self.path, "r") as file:
+        # nobody writes to such a file, and there are mounts without locks
+        with h5py.File(self.path, "r", locking=False) as file:
             yield file
 
     def attributes(self) -> dict[str, Any]:
         """Those of the root, as `ZarrForm.attributes`."""
-        if not self._is_hdf5:
+        with reading(self.where), open(open_regular(self.path), "rb") as content:
+            is_hdf5 = content.read(len(hdf5.SIGNATURE)) == hdf5.SIGNATURE
+        if not is_hdf5:
             raise StoreNotFoundError(f"{self.where} is neither a folder nor an HDF5 file, so it is no store")
         with reading(self.where), self._file() as file:
-            attributes = json.loads(file.attrs.get(hdf5.ATTRIBUTES, "{}"))
+            attributes = parse_json(file.attrs.get(hdf5.ATTRIBUTES, "{}"))
             if not isinstance(attributes, dict):
                 raise TypeError(f"its attributes are a {type(attributes).__name__}")
             return attributes
@@ -82,8 +87,14 @@ class Hdf5Form:
                 dataset = hdf5.records_dataset(ranking)
                 if dataset not in texts:
                     texts[dataset] = _plain(file, dataset)[:].tolist() if dataset in file else []
+                    if not all(isinstance(text, bytes) for text in texts[dataset]):
+                        raise TypeError(f"{dataset} are no texts")
                 found.append((texts[dataset][shard] or None) if shard < len(texts[dataset]) else None)
         return found
+
+    def is_plain(self, file: str) -> bool:
+        """As `ZarrForm.is_plain`; links of HDF5's are not followed anyway."""
+        return True
 
     def problem(self, file: str, recorded: Recorded) -> str:
         """As `ZarrForm.problem`, of the piece of a dataset that such a file would hold."""
@@ -91,17 +102,17 @@ class Hdf5Form:
         first, last = shard * self.shard_size, (shard + 1) * self.shard_size
         try:
             with reading(f"{self.where}/{array}"), self._file() as opened:
-                values = _plain(opened, array)[first:last]
+                values = _as_texts(_plain(opened, array)[first:last])
         except DamagedStoreError as error:
             return f"cannot be read ({error})"
-        return "" if hdf5.piece_checksum(_as_texts(values)) == dict(recorded) else "has changed since it was written"
+        return "" if hdf5.piece_checksum(values) == dict(recorded) else "has changed since it was written"
 
     def image_array(self, name: str, recorded: Recording) -> Hdf5Array:
         """As `ZarrForm.image_array`."""
         return Hdf5Array(self, name, recorded)
 
     def scalars(
-        self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int
+        self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int, recorded: Recording
     ) -> Iterator[tuple[int, NDArray[Any] | None]]:
         """As `ZarrForm.scalars`, but that the last shard may be short."""
         with reading(f"{self.where}/{name}"), self._file() as file:
@@ -157,17 +168,19 @@ class Hdf5Array(ImageArray):
         self._path = form.path
         self._offset, shape, dtype = form.extent(name)
         super().__init__(form.where, name, shape, dtype, form.shard_size, recorded)
+        self._image_bytes = math.prod(shape[1:]) * dtype.itemsize
 
-    def _new_map(self, shard: int, recorded: Recorded) -> NDArray[Any]:
-        first, last = layout.shard_bounds(shard, len(self), self.shard_size)
-        inner = self.shape[1:]
-        image_bytes = int(np.prod(inner, dtype=object)) * self.dtype.itemsize
+    def _new_map(self, shard: int, recorded: Recorded) -> NDArray[Any] | None:
+        first, _ = layout.shard_bounds(shard, len(self), self.shard_size)
         with reading(self.where):
-            offset = self._offset + first * image_bytes
-            return np.memmap(self._path, self.dtype, "r", offset, shape=(last - first, *inner))
+            offset = self._offset + first * self._image_bytes
+            return map_array(self._path, self.dtype, offset, (self._count(shard), *self.shape[1:]))
 
     def _read_unmapped(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
-        raise AssertionError("every shard is mapped")
+        starts = self._offset + (shard * self.shard_size + within) * self._image_bytes
+        with reading(self.where):
+            images = read_parts(self._path, [(start, start + self._image_bytes) for start in starts.tolist()])
+            return np.frombuffer(b"".join(images), self.dtype).reshape(-1, *self.shape[1:])
 
 
 def _plain(file: Any, name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,13 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     DamagedStoreError
         A shard is not what its record says.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
     rankings = [store.ranking(name) for name in store.rankings]
+    for image_id in store.image_ids:
+        if "\0" in image_id:
+            raise UserError(f"the image id {image_id!r} has a zero byte, which HDF5's texts cannot have")
     alignment = {"alignment_threshold": _ALIGNMENT, "alignment_interval": _ALIGNMENT}
     # the oldest format in which an attribute may exceed 64 kB, as a list of class names may
-    # nobody else knows of it yet, and a file system may have no locks
-    with h5py.File(path, "w", libver=("v110", "v110"), locking=False, **alignment) as file:
+    with new_file(path, libver=("v110", "v110"), **alignment) as (file, check):
         raw = {name: value for name, value in store.attributes.items() if name != "compress"}
         _lay_out(file, store, None, files.sealed(raw))
         for ranking in rankings:
@@ -59,8 +59,71 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
             record = _write_shard(file, store, None, shard)
             for ranking in rankings:
                 _write_shard(file, ranking, ranking.name, shard, attribution_sha256=store.attribution_sha256(record))
+            check()
             first, last = store.bounds(shard)
             progress.advance(last - first)
+
+
+@contextmanager
+def new_file(path: Path, **options: Any) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """A new HDF5 file to write, as h5py has it with these `options`.
+
+    Yields
+    ------
+    The file, and a function to call now and then, which raises what went wrong so far.
+
+    Raises
+    ------
+    UserError
+        h5py is not installed.
+    OSError
+        It cannot be written; a full disk among other things.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError("HDF5 needs h5py; install it with `pip install 'igstore[hdf5]'`") from error
+    with _Target(path) as target:
+        try:
+            with h5py.File(target, "w", **options) as file:
+                yield file, target.check
+        finally:
+            target.check()  # rather than what HDF5 says of what it does not find again
+
+
+class _Target(io.FileIO):
+    """A new file for HDF5 to write to, without locks.
+
+    HDF5 is never told that something could not be written: it would crash, at the latest when it closes the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._failure: OSError | None = None
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._failure:
+            raise self._failure
+
+    def write(self, content: Any) -> int:
+        """As `io.RawIOBase.write`; all is written, or thrown away once something could not be."""
+        left = memoryview(content).cast("B")
+        n_bytes = len(left)
+        try:
+            while left and not self._failure:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._failure = error
+        return n_bytes
+
+    def truncate(self, size: int | None = None) -> int:
+        """As `io.RawIOBase.truncate`."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._failure = error
+            return 0
 
 
 def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping[str, Any]) -> None:

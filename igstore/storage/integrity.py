@@ -32,6 +32,8 @@ class Finding:
         The shard and the array that it is about, if it is about one; a ranking's is called ``ranks/<name>/<array>``.
     is_missing
         Something is not there yet, rather than damaged.
+    is_unread
+        It could not be looked at, so nothing is known of it.
     """
 
     problem: str
@@ -39,6 +41,7 @@ class Finding:
     shard: int | None = None
     array: str | None = None
     is_missing: bool = False
+    is_unread: bool = False
 
     def __str__(self) -> str:
         shard = None if self.shard is None else f"shard {self.shard}"
@@ -70,8 +73,16 @@ def check_shards(
 
 
 def check_shard(group: Sharded, shard: int) -> list[Finding]:
-    """What is wrong with the record and the files of one shard; one finding that is missing, where it is not done."""
+    """What is wrong with the record and the files of one shard; one finding that is missing, where it is not done.
+
+    Raises
+    ------
+    AccessError, UnreachableError
+        Something of it cannot be looked at.
+    """
     record_file, expected = group.record_file(shard), group.shard_files(shard)
+    if not group.form.is_plain(record_file):
+        return [Finding("is not a regular file", record_file, shard)]
     try:
         record = group.any_record(shard)
     except DamagedStoreError:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from igstore.errors import StoreNotFoundError, UserError
 from igstore.storage import staging
-from igstore.storage.files import NOT_THERE, Folder
+from igstore.storage.files import Folder
 from igstore.storage.locks import lock
+from igstore.storage.reading import NOT_THERE
 
 logger = logging.getLogger(__name__)
 

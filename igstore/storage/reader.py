@@ -7,7 +7,6 @@ Nothing here writes or needs torch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.blocks import block_grid
-from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
+from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
 from igstore.storage.hdf5_form import Hdf5Form
+from igstore.storage.reading import parse_json, reading
 from igstore.storage.sources import LocalFiles, open_source
 from igstore.storage.zarr_form import ZarrForm
 
@@ -132,8 +132,8 @@ class Sharded:
             return None
         path = f"{self.where}/{self.record_file(shard)}"
         try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(content)
+        except ValueError as error:
             raise DamagedStoreError(f"{path} is not a record ({error}); run the build again to repair it") from error
         mistake = layout.record_mistake(record, shard, self.shard_files(shard).values())
         if mistake:
@@ -166,7 +166,13 @@ class Sharded:
         return self._arrays[name]
 
     def _recorded(self, shard: int) -> dict[str, Any] | None:
-        return self.records.get(shard)
+        record = self.records.get(shard)
+        said = self.form.said.get(self.record_file(shard))
+        if record is None and said:
+            raise UnfinishedShardError(
+                f"shard {shard} of {self.where} is not finished, or kept back: the server says {said} to its record"
+            )
+        return record
 
     def values(self, name: str, shard: int, record: dict[str, Any]) -> NDArray[Any]:
         """All images of an array in one shard, (image, ...), whose record the caller has; not to be written to.
@@ -180,7 +186,9 @@ class Sharded:
         if variable.is_sharded:
             return self.form.image_array(self.array_path(name), lambda _: record).shard(shard)
         first, last = self.bounds(shard)
-        ((_, found),) = self.form.scalars(name, variable, [shard], shard_size=self.shard_size)
+        ((_, found),) = self.form.scalars(
+            name, variable, [shard], shard_size=self.shard_size, recorded=lambda _: record
+        )
         return self._there(name, shard, found)[: last - first]
 
     def _there(self, name: str, shard: int, values: NDArray[Any] | None) -> NDArray[Any]:
@@ -248,7 +256,8 @@ class StoreReader(Sharded):
         and read it from there, now and the next time. Default: the environment's ``IGSTORE_CACHE``; without either,
         only the images that are asked for are fetched, each time.
     storage_options
-        Of a store behind a URL: as zarr and xarray take them, such as ``{"anon": True}``.
+        Of a store behind a URL: as zarr and xarray take them, such as ``{"anon": True}``. A reader pickles with its
+        URL and these, passwords and keys among them: whoever gets the pickle gets those.
 
     Attributes
     ----------
@@ -269,6 +278,8 @@ class StoreReader(Sharded):
         Its metadata cannot be read, or it does not hold as many images as it says.
     UnreachableError
         It does not answer.
+    AccessError
+        The system does not let it be read.
 
     >>> store = StoreReader("toy.zarr")
     >>> store.array("attribution").read([3, 0]).shape
@@ -284,10 +295,9 @@ class StoreReader(Sharded):
     ) -> None:
         if not isinstance(store, Form):
             source = open_source(store, cache=cache, options=storage_options)
-            if isinstance(source, LocalFiles) and source.root.is_file():
-                store = Hdf5Form(source.root)
-            else:
-                store = ZarrForm(source)
+            with reading(source.where):
+                is_file = isinstance(source, LocalFiles) and source.root.is_file()
+            store = Hdf5Form(source.root) if isinstance(source, LocalFiles) and is_file else ZarrForm(source)
         self.attributes = store.attributes()
         self.spec = BuildSpec.from_attributes(self.attributes)
         for name in ("class_names", "wnids"):
@@ -329,7 +339,8 @@ class StoreReader(Sharded):
             variable = self.variables[name]
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
-            for shard, found in self.form.scalars(name, variable, shards, shard_size=self.shard_size):
+            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=self._recorded)
+            for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]
             self._scalars[name] = values

@@ -21,11 +21,8 @@ from typing import Any
 import google_crc32c
 import numcodecs
 import numpy as np
-import zarr
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
-from zarr.storage import MemoryStore
 
 from igstore.blocks import block_grid
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UnfinishedShardError, UserError
@@ -34,6 +31,8 @@ from igstore.storage import files, layout
 from igstore.storage.files import Folder
 from igstore.storage.presence import check_in_place, gone, hold, replaced, writing
 from igstore.storage.reader import Sharded, StoreReader
+from igstore.storage.reading import MOST_METADATA, NOT_THERE, parse_json, read_whole, reading
+from igstore.storage.zarr_metadata import ZSTD, array_document, group_document
 
 Arrays = Mapping[str, NDArray[Any]]
 Record = dict[str, Any]
@@ -41,10 +40,6 @@ Contents = dict[str, bytes]  # what files must hold, by name
 
 _ROOT = "zarr.json"
 _RANK_ARRAYS = ("/rank/zarr.json", "/share/zarr.json")
-
-# How image-shaped arrays may be compressed, one image at a time.
-_ZSTD: dict[str, Any] = {"level": 3, "checksum": False}
-_COMPRESSORS = {"zstd": ZstdCodec(**_ZSTD)}
 
 
 def create_store(
@@ -169,8 +164,9 @@ def _holds(file: Path, content: bytes) -> bool:
     if file.name == _ROOT:
         return bool(read_json(file) == json.loads(content))
     try:
-        return files.read_regular(file, len(content)) == content
-    except (OSError, DamagedStoreError):
+        with reading(file):
+            return read_whole(file, len(content)) == content
+    except (DamagedStoreError, *NOT_THERE):
         return False
 
 
@@ -180,12 +176,11 @@ def contents(
     """What all metadata and lists of images of a store must hold; parameters as `create_store`."""
     wanted = metadata(spec, len(image_ids), attributes)
     compress = attributes.get("compress")
-    for folder in (path / "ranks").glob("*"):
-        parts = layout.ranking_parts(folder.name)
+    for group in (path / "ranks").glob(f"*/{_ROOT}"):
+        name = group.parent.name
+        parts = layout.ranking_parts(name)
         if parts:
-            ranks = ranking_metadata(
-                spec, len(image_ids), folder.name, block=parts[1], attributes={}, compress=compress
-            )
+            ranks = ranking_metadata(spec, len(image_ids), name, block=parts[1], attributes={}, compress=compress)
             wanted |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
     lists = {"image_id": np.array(image_ids, np.dtypes.StringDType()), "label": labels}
     for name, values in lists.items():
@@ -361,8 +356,8 @@ def consolidated(path: Path, instead: Mapping[str, bytes] | None = None) -> dict
     instead
         What files will hold, rather than what they hold now.
     """
-    patterns = ("*/zarr.json", "ranks/*/zarr.json", "ranks/*/*/zarr.json")
-    found = {file.relative_to(path).as_posix() for pattern in patterns for file in path.glob(pattern)}
+    groups = [path, path / "ranks", *(file.parent for file in path.glob(f"ranks/*/{_ROOT}"))]
+    found = {file.relative_to(path).as_posix() for group in groups for file in group.glob(f"*/{_ROOT}")}
     will = {name: json.loads(content) for name, content in (instead or {}).items() if name.endswith(f"/{_ROOT}")}
     documents = {name: read_json(path / name) for name in found - will.keys()} | will
     intact = {
@@ -408,31 +403,23 @@ def _documents(
     attributes: Mapping[str, Any],
     compress: Compress | None,
 ) -> dict[str, bytes]:
-    """The ``zarr.json`` of a group, of those above it and of its arrays, by name of file; made in memory."""
-    memory: dict[str, Any] = {}
-    made = zarr.create_group(MemoryStore(memory), path=group, attributes=dict(attributes))
+    """The ``zarr.json`` of a group, of those above it and of its arrays, by name of file."""
+    home = f"{group}/" if group else ""
+    above = [f"{folder}/" for folder in group.split("/")[:-1]] + [""] if group else []
+    documents = {f"{folder}{_ROOT}": group_document({}) for folder in above}
+    documents[f"{home}{_ROOT}"] = group_document(attributes)
     for name, variable in variables.items():
-        shape = tuple(sizes[dim] for dim in variable.dims)
-        made.create_array(
-            name,
-            shape=shape,
-            shards=(shard_size, *shape[1:]) if variable.is_sharded else None,
-            chunks=(1, *shape[1:]) if variable.is_sharded else (shard_size,),
-            dtype=variable.dtype,
-            fill_value=variable.fill_value,
-            compressors=_COMPRESSORS[compress] if compress and variable.is_sharded else None,
-            filters=None,
-            dimension_names=variable.dims,
-            attributes={"description": variable.description},
-        )
-    return {name: buffer.to_bytes() for name, buffer in memory.items()}
+        shape = [sizes[dim] for dim in variable.dims]
+        documents[f"{home}{name}/{_ROOT}"] = array_document(variable, shape, shard_size, compress)
+    return documents
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file says; None where it is not there, or not JSON."""
     try:
-        return files.parsed_json(files.read_regular(path, files.MOST_JSON_BYTES))
-    except (OSError, ValueError, DamagedStoreError):
+        with reading(path):
+            return parse_json(read_whole(path, MOST_METADATA))
+    except (DamagedStoreError, *NOT_THERE):
         return None
 
 
@@ -476,7 +463,7 @@ def _shard(values: NDArray[Any], shard_size: int, compress: Compress | None) -> 
     """
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     if compress:
-        codec = Zstd(**_ZSTD)
+        codec = Zstd(**ZSTD)
         pieces = [codec.encode(image) for image in values]
         lengths = np.array([len(piece) for piece in pieces])
     else:

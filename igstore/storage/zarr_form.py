@@ -8,27 +8,25 @@ in one go. What is compressed otherwise goes through zarr-python, which needs a 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
 import google_crc32c
 import numcodecs
 import numpy as np
-import zarr
-import zarr.errors
 from numpy.typing import NDArray
-from zarr.buffer import default_buffer_prototype
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, VLenUTF8Codec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.storage import layout
-from igstore.storage.arrays import NOT_THERE, ImageArray, Recording, reading
-from igstore.storage.sources import LocalFiles, Part, Recorded, Source
+from igstore.storage.arrays import ImageArray, Recording
+from igstore.storage.mapped import map_array
+from igstore.storage.reading import NOT_THERE, Part, Recorded, parse_json, reading
+from igstore.storage.sources import LocalFiles, Source
+from igstore.storage.zarr_metadata import ArrayMetadata, array_metadata
 
 _ROOT = "zarr.json"
 _CHECKSUM_BYTES = 4  # of a shard's index
@@ -79,13 +77,25 @@ class ZarrForm:
     def rankings(self) -> list[str]:
         """The names of what is in the group ``ranks``."""
         if isinstance(self.source, LocalFiles):
-            return sorted(path.parent.name for path in (self.source.root / "ranks").glob("*/zarr.json"))
+            ranks = self.source.root / "ranks"
+            with reading(ranks), suppress(*NOT_THERE):
+                return sorted(name for name in os.listdir(ranks) if (ranks / name / _ROOT).is_file())
+            return []
         parts = [name.split("/") for name in self._consolidated]
         return sorted(name for group, *rest in parts if group == "ranks" and len(rest) == 1 for name in rest)
+
+    @property
+    def said(self) -> Mapping[str, str]:
+        """As `igstore.storage.sources.Source.said`."""
+        return self.source.said
 
     def records(self, names: Sequence[str]) -> list[bytes | None]:
         """Records, by name of file; None for those that are not there."""
         return self.source.read_many(names)
+
+    def is_plain(self, file: str) -> bool:
+        """As `igstore.storage.sources.Source.is_plain`."""
+        return self.source.is_plain(file)
 
     def problem(self, file: str, recorded: Recorded) -> str:
         """Why a file is not the one that was recorded, in words that follow its name; "" where it is."""
@@ -102,9 +112,11 @@ class ZarrForm:
         return ZarrArray(self, name, recorded)
 
     def scalars(
-        self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int
+        self, name: str, variable: layout.Variable, shards: Iterable[int], *, shard_size: int, recorded: Recording
     ) -> Iterator[tuple[int, NDArray[Any] | None]]:
         """The values (image,) of a per-image variable in some shards, as long as a whole one; None where missing.
+
+        What comes from afar must be what `recorded` says, of shards that it knows.
 
         Raises
         ------
@@ -115,9 +127,7 @@ class ZarrForm:
         """
         dtype = variable.numpy_dtype
         array = self.metadata(name)
-        codecs = getattr(array.metadata, "codecs", None)
-        expected = (VLenUTF8Codec(),) if dtype.kind == "T" else (_plain(dtype),)
-        if array.dtype != dtype or array.ndim != 1 or array.chunks != (shard_size,) or codecs != expected:
+        if array.dtype != dtype or array.chunks != (shard_size,) or array.encoding != "plain":
             raise DamagedStoreError(
                 f"{self.where}/{name} is {array.dtype} {array.shape}; it must be {dtype}, plain, in chunks of "
                 f"{shard_size}"
@@ -125,7 +135,9 @@ class ZarrForm:
         left = iter(shards)
         while some := list(itertools.islice(left, _MANY)):
             names = [layout.shard_file(name, shard, 1) for shard in some]
-            for shard, file, content in zip(some, names, self.source.read_many(names), strict=True):
+            records = [] if isinstance(self.source, LocalFiles) else list(map(recorded, some))
+            were = [record and record["files"].get(file) for file, record in zip(names, records, strict=False)]
+            for shard, file, content in zip(some, names, self.source.read_many(names, were), strict=True):
                 with reading(f"{self.where}/{file}"):
                     values = None if content is None else _values(content, dtype, shard_size)
                 yield shard, values
@@ -141,15 +153,14 @@ class ZarrForm:
             n_bytes += sum(size or 0 for size in sizes)
         return n_bytes >= n_images * layout.LISTED[name].numpy_dtype.itemsize
 
-    def metadata(self, name: str) -> zarr.Array[Any]:
-        """An array as zarr-python sees it, for its metadata alone."""
+    def metadata(self, name: str) -> ArrayMetadata:
+        """What the metadata of an array say."""
         try:
-            content = json.dumps(self._document(name)).encode()
+            document = self._document(name)
         except NOT_THERE as error:
             raise StoreNotFoundError(f"{self.where} has no array {name}") from error
         with reading(f"{self.where}/{name}"):
-            buffer = default_buffer_prototype().buffer.from_bytes(content)
-            return zarr.open_array(MemoryStore({_ROOT: buffer}), mode="r", zarr_format=3)
+            return array_metadata(document)
 
     def _document(self, name: str) -> dict[str, Any]:
         """The metadata of an array. Who cannot list files goes by the copy in the root's, and saves a request."""
@@ -176,7 +187,7 @@ class ZarrForm:
 
     def _json(self, file: str) -> dict[str, Any]:
         with reading(f"{self.where}/{file}"):
-            document = json.loads(self.source.read(file))
+            document = parse_json(self.source.read(file))
             if not isinstance(document, dict):
                 raise TypeError(f"it is a {type(document).__name__}")
             return document
@@ -195,10 +206,8 @@ class ZarrArray(ImageArray):
         self._source = form.source
         self._indices: dict[int, NDArray[np.uint64]] = {}
         array = form.metadata(name)
-        with reading(f"{form.where}/{name}"):
-            shard_size = (array.shards or array.chunks)[0]
-            self._encoding = _encoding(array)
-            super().__init__(form.where, name, array.shape, np.dtype(array.dtype), shard_size, recorded)
+        self._encoding = array.encoding
+        super().__init__(form.where, name, array.shape, array.dtype, array.chunks[0], recorded)
         self._image_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _new_map(self, shard: int, recorded: Recorded) -> NDArray[Any] | None:
@@ -211,29 +220,26 @@ class ZarrArray(ImageArray):
             index, count = self._index(shard, recorded), self._count(shard)
             starts = np.arange(count, dtype=np.uint64) * np.uint64(self._image_bytes)
             is_one_run = (index[:, 0] == starts).all()
-            return np.memmap(path, self.dtype, "r", shape=(count, *self.shape[1:])) if is_one_run else None
+            return map_array(path, self.dtype, 0, (count, *self.shape[1:])) if is_one_run else None
 
     def _read_unmapped(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         with self._reading(shard):
-            if self._encoding is None:
-                return self._read_through_zarr(shard, within)
-            return self._read_chunks(shard, within, recorded)
+            if self._encoding in ("raw", "zstd"):
+                return self._read_chunks(shard, within, recorded)
+            return self._read_through_zarr(shard, within)
 
     def _read_chunks(self, shard: int, within: NDArray[np.int64], recorded: Recorded) -> NDArray[Any]:
         """Images by where the shard's index says that they are."""
         index = self._index(shard, recorded)
-        chunks = index[np.unique(within)]
-        chunks = chunks[chunks[:, 0] != _ABSENT].astype(np.int64)
-        parts = _runs(chunks, self._source.gap)
+        parts = _runs(index[np.unique(within)].astype(np.int64), self._source.gap)
         contents = self._source.read_parts(self._file(shard), parts, recorded)
         starts = np.array([first for first, _ in parts])
         result = np.zeros((len(within), *self.shape[1:]), self.dtype)
         flat = result.reshape(len(within), -1).view(np.uint8)  # (image, byte)
         for place, (offset, length) in enumerate(index[within].tolist()):
-            if offset != _ABSENT:
-                run = int(np.searchsorted(starts, offset, side="right")) - 1
-                chunk = memoryview(contents[run])[offset - starts[run] :][:length]
-                self._decode(chunk, flat[place])
+            run = int(np.searchsorted(starts, offset, side="right")) - 1
+            chunk = memoryview(contents[run])[offset - starts[run] :][:length]
+            self._decode(chunk, flat[place])
         return result
 
     def _decode(self, chunk: memoryview, out: NDArray[np.uint8]) -> None:
@@ -255,7 +261,9 @@ class ZarrArray(ImageArray):
             if google_crc32c.value(content[:n_bytes]) != int.from_bytes(content[n_bytes:], "little"):
                 raise ValueError("its index has changed since it was written")
             index = np.frombuffer(content, "<u8", 2 * self._count(shard)).reshape(-1, 2)
-            offset, length = index[index[:, 0] != _ABSENT].T
+            offset, length = index.T
+            if (offset == _ABSENT).any():
+                raise ValueError("its index lacks images, though the shard is finished")
             if (offset > end).any() or (length > np.uint64(end) - offset).any():
                 raise ValueError("its index points out of it")
             if self._encoding == "raw" and (length != self._image_bytes).any():
@@ -269,11 +277,14 @@ class ZarrArray(ImageArray):
                 f"{self.where} is compressed in a way that is only read from a folder; copy the store, or have it "
                 "exported with --compress zstd"
             )
+        import zarr  # takes long to load, and seldom reads
+
         array = zarr.open_array(self._source.root / self.name, mode="r", zarr_format=3)
         first = shard * self.shard_size
         # runs of neighbours in one request each
         runs = np.split(within, np.flatnonzero(np.diff(within) != 1) + 1)
-        return np.concatenate([np.asarray(array[first + run[0] : first + run[-1] + 1]) for run in runs])
+        found = np.concatenate([np.asarray(array[first + run[0] : first + run[-1] + 1]) for run in runs])
+        return np.ascontiguousarray(found)  # zarr-python may be configured to give another order
 
     @contextmanager
     def _reading(self, shard: int) -> Iterator[None]:
@@ -286,27 +297,6 @@ class ZarrArray(ImageArray):
                 f"{what}: its file {self._file(shard)} is missing, though its record says that it was written; "
                 "run the build again to repair it"
             ) from error
-
-
-def _encoding(array: zarr.Array[Any]) -> str | None:
-    """How an image's chunk is encoded: ``raw``, ``zstd``, or None for anything else, or where there are no shards."""
-    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
-    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
-        return None
-    sharding = codecs[0]
-    inner: tuple[Any, ...] = tuple(sharding.codecs)
-    is_indexed = sharding.index_codecs == (BytesCodec(), Crc32cCodec()) and sharding.index_location.value == "end"
-    is_one_image = sharding.chunk_shape == (1, *array.shape[1:])
-    if not is_indexed or not is_one_image or not inner or inner[0] != _plain(array.dtype):
-        return None
-    if len(inner) == 1:
-        return "raw"
-    return "zstd" if len(inner) == 2 and isinstance(inner[1], ZstdCodec) else None
-
-
-def _plain(dtype: np.dtype[Any]) -> BytesCodec:
-    """The codec of little-endian bytes as they are; single bytes have no order."""
-    return BytesCodec(endian=None) if dtype.itemsize == 1 else BytesCodec()
 
 
 def _runs(chunks: NDArray[np.int64], gap: int) -> list[Part]:

@@ -40,8 +40,9 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.
     where
-        bool (image,) over all images of the store, such as ``open_store(path).label == 5``: only these. Images that are
-        not built or failed are left out in any case.
+        bool (image,) over all images of the store, such as ``open_store(path).label == 5``: only these. A DataArray
+        with the coordinate ``image``, or a pandas Series whose index is the image ids, may be in any order; anything
+        else is in the store's. Images that are not built or failed are left out in any case.
     transform
         Takes the place of the normalisation: from the masked pixels, a uint8 tensor (3, y, x), to anything. By default
         they become the float32 input of the model that made the store, as ``ToTensor`` and ``Normalize`` would make it.

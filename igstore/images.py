@@ -53,6 +53,8 @@ class ImageList:
         sha256 in hexadecimal over the ids and labels of the whole list; `head` keeps it.
     class_names, wnids
         By class index: a readable name, and the WordNet id. None where they are not known.
+    paths
+        Of images found in a folder or tar: the POSIX path of each, relative to it. None for others.
     """
 
     ids: tuple[str, ...]
@@ -60,6 +62,7 @@ class ImageList:
     fingerprint: str
     class_names: tuple[str, ...] | None
     wnids: tuple[str, ...] | None
+    paths: tuple[str, ...] | None
     _read_from_source: Callable[[int], Image.Image]  # from a position in the source to an image in mode RGB
     _positions: npt.NDArray[np.int64]  # (image,) where each image of the list is in the source
 
@@ -70,11 +73,22 @@ class ImageList:
         labelled = np.count_nonzero(self.labels != UNKNOWN_LABEL)
         return f"<ImageList: {len(self)} images, {labelled} labelled, fingerprint {self.fingerprint[:12]}>"
 
+    @property
+    def given_ids(self) -> tuple[str, ...]:
+        """The ids in the order of the data set or sequence that the list was made from."""
+        return tuple(self.ids[place] for place in np.argsort(self._positions).tolist())
+
     def head(self, n: int) -> ImageList:
-        """The first `n` images, or all where there are fewer, under the same fingerprint."""
+        """The first `n` images by id, or all where there are fewer, under the same fingerprint."""
         if n < 1:
             raise UserError(f"the first {n} images were asked for; it must be at least 1")
-        return dataclasses.replace(self, ids=self.ids[:n], labels=self.labels[:n], _positions=self._positions[:n])
+        return dataclasses.replace(
+            self,
+            ids=self.ids[:n],
+            labels=self.labels[:n],
+            paths=self.paths and self.paths[:n],
+            _positions=self._positions[:n],
+        )
 
     def read(self, index: int) -> Image.Image:
         """Image `index` of the list, decoded, in mode RGB, as torchvision's ``pil_loader`` would return it.
@@ -168,6 +182,7 @@ def find_images(
         layout.read,
         class_names=tuple(name for _, name in synsets()) if is_imagenet else None,
         wnids=tuple(wnid for wnid, _ in synsets()) if is_imagenet else None,
+        paths=layout.names,
     )
 
 
@@ -196,8 +211,9 @@ def as_image_list(images: Any) -> ImageList:
     """
     if isinstance(images, ImageList):
         return images
-    sized = hasattr(images, "__len__") and hasattr(images, "__getitem__")
-    if not sized or isinstance(images, str | bytes | Mapping | np.ndarray):
+    # pandas looks items up by their labels, and iterates in another order
+    is_indexed = hasattr(images, "__len__") and hasattr(images, "__getitem__") and not hasattr(images, "iloc")
+    if not is_indexed or isinstance(images, str | bytes | Mapping | np.ndarray):
         raise UserError(
             f"images is {_describe(images)}; it must be a dataset of (image, label), or a sequence of "
             f"(id, image, label or None). find_images(path) reads a folder or tar"
@@ -232,9 +248,11 @@ def _from_dataset(dataset: Any) -> ImageList:
     names = _sample_names(dataset)
     digits = len(str(len(dataset) - 1))
     class_names, wnids = _classes(dataset)
+    labels = _dataset_labels(dataset)
+    _check_order(dataset, labels)
     return _make_list(
         [f"{index:0{digits}d}" for index in range(len(dataset))] if names is None else _ids_from_names(names),
-        _dataset_labels(dataset),
+        labels,
         _Items(dataset, 0),
         class_names=class_names,
         wnids=wnids,
@@ -277,6 +295,21 @@ def _dataset_labels(dataset: Any) -> list[int]:
             label = None
         labels.append(_to_label(label, f"images[{index}]"))
     return labels
+
+
+def _check_order(dataset: Any, labels: Sequence[int]) -> None:
+    """Raise `UserError` where some of a dataset's items have other labels than its ``targets`` say in their places."""
+    for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
+        try:
+            label = _to_label(_attempt(operator.getitem, dataset, index)[1], "")
+        except (ImageError, UserError):  # found again when the image is read; not every dataset gives plain indices
+            continue
+        if label != labels[index]:
+            raise UserError(
+                f"images[{index}] has the label {label}, but images.targets[{index}] is {labels[index]}: the dataset "
+                "changes the order of its items, or their labels, without its targets; give a list of "
+                "(id, image, label) instead"
+            )
 
 
 def _classes(dataset: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
@@ -340,8 +373,9 @@ def _make_list(
     *,
     class_names: tuple[str, ...] | None,
     wnids: tuple[str, ...] | None,
+    paths: Sequence[str] | None = None,
 ) -> ImageList:
-    """Sort by id, check that ids differ, and take the fingerprint. `ids` and `labels` are in the source's order."""
+    """Sort by id, check that ids differ, and take the fingerprint. Everything given is in the source's order."""
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
     sorted_ids = tuple(ids[position] for position in order)
     for one, other in itertools.pairwise(sorted_ids):
@@ -352,7 +386,16 @@ def _make_list(
         raise UserError(f"a label is {too_far}; labels are class indices from 0 to {_MAX_LABEL}, or None where unknown")
     sorted_labels = np.array(labels, dtype=np.int16)[order]
     sorted_labels.flags.writeable = False
-    return ImageList(sorted_ids, sorted_labels, fingerprint(sorted_ids, sorted_labels), class_names, wnids, read, order)
+    return ImageList(
+        ids=sorted_ids,
+        labels=sorted_labels,
+        fingerprint=fingerprint(sorted_ids, sorted_labels),
+        class_names=class_names,
+        wnids=wnids,
+        paths=None if paths is None else tuple(paths[position] for position in order),
+        _read_from_source=read,
+        _positions=order,
+    )
 
 
 def fingerprint(ids: Sequence[str], labels: npt.NDArray[np.int16]) -> str:

@@ -319,7 +319,10 @@ def parser() -> cli.Parser:
         "--recompute", type=cli.positive, default=0, metavar="K", help="attribute K images again, and compare"
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="for --recompute: the images, where the store has no pixels; as for `build`"
+        "--data",
+        dest="images",
+        metavar="PATH",
+        help="for --recompute: the images, where the store has no pixels; as for `build`",
     )
     parser.add_argument(
         "--weights", metavar="W", help="for --recompute: the file of weights, where it does not come with the model"
@@ -335,7 +338,7 @@ def main(argv: Sequence[str]) -> int:
     findings = verify_store(
         options.store,
         recompute=options.recompute,
-        images=options.data,
+        images=options.images,
         weights=options.weights,
         device=options.device,
         seed=options.seed,

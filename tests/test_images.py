@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 import torch
@@ -730,6 +731,21 @@ def test_targets_spare_the_pass_over_a_dataset() -> None:
         images.read(1)
 
 
+@pytest.mark.parametrize("change", ["order", "labels"])
+def test_targets_of_other_items_are_refused(change: str) -> None:
+    items = [(picture(str(index)), index) for index in range(5)]
+
+    class Changed(Dataset):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__((index + 2) % 5 if change == "order" else index)
+            return image, label + (change == "labels")
+
+    with pytest.raises(UserError, match=r"images\[0\] has the label [12], but images.targets\[0\] is 0"):
+        as_image_list(Changed(items, targets=list(range(5))))
+    hot = [(image, torch.nn.functional.one_hot(torch.tensor(label), 5).float()) for image, label in items]
+    assert as_image_list(Dataset(hot, targets=list(range(5)))).labels.tolist() == list(range(5))
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_broken_image_of_a_dataset_is_found_when_read(broken: int) -> None:
     items: list[Any] = [(picture("0"), 3), (picture("1"), 4)]
@@ -776,6 +792,8 @@ PICTURE = Image.new("RGB", (4, 4))
         (Path("/data/imagenet"), r"find_images\(path\)"),
         ({"a": PICTURE}, "a dict"),
         (iter([("a", PICTURE, 1)]), "list_iterator"),
+        (pd.Series([("b", PICTURE, 1), ("a", PICTURE, 0)], index=[1, 0]), "a Series"),
+        (pd.DataFrame({"id": ["a"], "image": [PICTURE], "label": [1]}), "a DataFrame"),
         (np.zeros((3, 4, 4, 3), np.uint8), r"a ndarray of shape \(3, 4, 4, 3\)"),
         ([], "empty"),
         ([PICTURE], r"images\[0\] is a Image"),

@@ -20,7 +20,7 @@ from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import Method, Output, Precision, Reduce, check_choice
+from igstore.schema import Method, Output, Precision, Reduce, check_choice, whole_number
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
 # when that overflows, the batch is done again with a smaller scale.
@@ -218,6 +218,7 @@ def integrated_gradients(
     """
     check_choice("output", output, Output)
     check_choice("reduce", reduce, Reduce)
+    batch_size = whole_number("batch_size", batch_size, 1)
     if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
         raise UserError("max_error and max_steps go together, and with method riemann_right")
     alphas, weights = rule(method, n_steps)

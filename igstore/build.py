@@ -140,6 +140,7 @@ def build_store(
         split=split,
         labels=labels,
         limit=limit,
+        overwrite=overwrite,
         settings={
             "baseline": baseline,
             "target": target,
@@ -317,6 +318,7 @@ def main(argv: Sequence[str]) -> int:
         split=options["split"],
         labels=options["labels"],
         limit=options["limit"],
+        overwrite=options["overwrite"],
         settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
     )
     if options["dry_run"]:

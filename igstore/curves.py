@@ -25,9 +25,10 @@ from igstore.evaluate import own_classifier
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
-from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score
+from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 if TYPE_CHECKING:
     from igstore.models import Classifier
@@ -118,10 +119,12 @@ def insertion_deletion(
 
     reader = StoreReader.of(store)
     n_blocks = math.prod(block_grid(*reader.spec.preprocessing.crop, block))
-    if not 1 <= steps <= n_blocks:
-        raise UserError(f"steps is {steps}; it must be between 1 and {n_blocks}, the number of blocks of an image")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1 image")
+    steps = whole_number("steps", steps, 1)
+    if steps > n_blocks:
+        raise UserError(
+            f"{option('steps')} is {steps}; it must be between 1 and {n_blocks}, the number of blocks of an image"
+        )
+    limit = None if limit is None else whole_number("limit", limit, 1)
     changed = [-(-step * n_blocks // steps) for step in range(steps + 1)]  # blocks, rounded up
     every_p = [max(0.0, 100 * (count - 0.5) / n_blocks) for count in changed]  # the middle of what selects so many
     fills = {DELETION: deletion_fill, INSERTION: insertion_fill}

@@ -26,11 +26,11 @@ from PIL import Image, UnidentifiedImageError
 
 from igstore.errors import IgstoreError, ImageError, UserError
 from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
-from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice
+from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice, whole_number
 
 __all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
 
-_MAX_LABEL = np.iinfo(np.int16).max
+_MAX_LABEL = np.iinfo(np.int32).max
 
 _T = TypeVar("_T")
 _warnings_lock = threading.Lock()
@@ -48,7 +48,7 @@ class ImageList:
     ids
         One string an image, all different, sorted by code point.
     labels
-        int16 (image,): the index of the class, -1 where it is unknown. Read-only.
+        int32 (image,): the index of the class, -1 where it is unknown. Read-only.
     fingerprint
         sha256 in hexadecimal over the ids and labels of the whole list; `head` keeps it.
     class_names, wnids
@@ -58,7 +58,7 @@ class ImageList:
     """
 
     ids: tuple[str, ...]
-    labels: npt.NDArray[np.int16]
+    labels: npt.NDArray[np.int32]
     fingerprint: str
     class_names: tuple[str, ...] | None
     wnids: tuple[str, ...] | None
@@ -80,8 +80,7 @@ class ImageList:
 
     def head(self, n: int) -> ImageList:
         """The first `n` images by id, or all where there are fewer, under the same fingerprint."""
-        if n < 1:
-            raise UserError(f"the first {n} images were asked for; it must be at least 1")
+        n = whole_number("limit", n, 1)
         return dataclasses.replace(
             self,
             ids=self.ids[:n],
@@ -384,7 +383,7 @@ def _make_list(
     too_far = next((label for label in labels if not UNKNOWN_LABEL <= label <= _MAX_LABEL), None)
     if too_far is not None:
         raise UserError(f"a label is {too_far}; labels are class indices from 0 to {_MAX_LABEL}, or None where unknown")
-    sorted_labels = np.array(labels, dtype=np.int16)[order]
+    sorted_labels = np.array(labels, dtype=np.int32)[order]
     sorted_labels.flags.writeable = False
     return ImageList(
         ids=sorted_ids,
@@ -398,7 +397,7 @@ def _make_list(
     )
 
 
-def fingerprint(ids: Sequence[str], labels: npt.NDArray[np.int16]) -> str:
+def fingerprint(ids: Sequence[str], labels: npt.NDArray[np.int32]) -> str:
     """The fingerprint of a whole list: sha256 in hexadecimal over its sorted ids and their labels.
 
     Raises

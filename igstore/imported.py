@@ -112,30 +112,33 @@ def import_maps(
     """
     from igstore.building.builder import run_build
     from igstore.building.devices import find_device
+    from igstore.building.hiring import check_sizes
     from igstore.building.importer import Importer
     from igstore.building.plan import chosen_classifier, listed_images, plan_build
     from igstore.building.worker import Worker
 
     if not made_by.strip():
         raise UserError("made_by is empty; say what made the maps, such as 'captum 0.8 Saliency'")
+    check_sizes(batch_size, workers)
     listed = listed_images(images, split=split, labels=labels)
     if ids is None and IMAGE in getattr(maps, "coords", ()):
         ids = maps.coords[IMAGE].values  # type: ignore[union-attr]
-    order = order_of_maps(images, listed, ids=ids, limit=limit)
-    listed = listed if limit is None else listed.head(limit)
-    given = GivenMaps(maps, listed.ids, order)
-    classifier = chosen_classifier(model, weights, preprocessing, listed)
+    chosen = listed if limit is None else listed.head(limit)
+    order = order_of_maps(images, listed, ids=ids, limit=len(chosen))
+    given = GivenMaps(maps, chosen.ids, order)
+    classifier = chosen_classifier(model, weights, preprocessing, chosen)
     _check_fits(given, classifier, reduce)
     on = find_device(device)
     build = plan_build(
         classifier,
-        listed,
+        chosen,
         store,
         weights=None,
         preprocessing=None,
         split=split,
         labels=None,
         limit=None,
+        overwrite=overwrite,
         settings={
             "baseline": baseline,
             "target": target,

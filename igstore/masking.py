@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from igstore.blocks import DEFAULT_BLOCK, block_grid, check_block, expand
 from igstore.errors import StoreNotFoundError, UserError
 from igstore.masks import FILLS, Bools, FillContext, Pixels, Ranks, Shares
 from igstore.pixels import PixelSource, find_pixels, open_pixels
-from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, Select
+from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, Select, whole_number
 from igstore.storage import layout
 from igstore.storage.reader import RankingReader, StoreReader
 
@@ -74,7 +73,7 @@ class MaskOptions:
         object.__setattr__(self, "p", masks.check_p(self.p))
         object.__setattr__(self, "block", check_block(self.block))
         masks.check_options(keep=self.keep, select=self.select, fill=self.fill, order=self.order)
-        object.__setattr__(self, "seed", _check_seed(self.seed))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, -(2**63), 2**63 - 1))
         layout.ranking_name(self.score, self.block)
 
     @property
@@ -93,12 +92,6 @@ class MaskOptions:
         if self.order == "random" or self.fill == "noise":
             parts.append(f"seed {self.seed}")
         return ", ".join(parts)
-
-
-def _check_seed(seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise UserError(f"seed is {seed!r}; it must be an integer")
-    return int(seed)
 
 
 def _names(where: Any) -> list[Any] | None:

@@ -88,7 +88,7 @@ def target_probabilities(
 
 def _of_batch(
     batch: MaskedBatch,
-    targets: NDArray[np.int16],
+    targets: NDArray[np.int32],
     classifier: Classifier,
     network: nn.Module,
     cells: Sequence[MaskOptions],

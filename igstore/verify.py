@@ -18,6 +18,7 @@ from igstore import cli
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
+from igstore.schema import whole_number
 from igstore.storage import files
 from igstore.storage.contents import Problems, check_images, check_ranks
 from igstore.storage.hdf5_form import Hdf5Form
@@ -29,7 +30,7 @@ from igstore.storage.zarr_form import ZarrForm
 
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
-_ANY_CLASS = np.iinfo(np.int16).max + 1  # where a store does not say how many classes there are
+_ANY_CLASS = np.iinfo(np.int32).max + 1  # where a store does not say how many classes there are
 _FEW = 10  # shards listed before "and so on"
 
 
@@ -84,7 +85,7 @@ def verify_store(
             raise  # another version's, or nothing of igstore's
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
     again = None
-    if recompute:
+    if whole_number("recompute", recompute, 0):
         from igstore.building.recompute import Recomputation  # the only part that needs torch
 
         again = Recomputation(store, recompute, images=images, weights=weights, device=device, seed=seed)

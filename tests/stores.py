@@ -65,7 +65,7 @@ def make_store(
     spec
         Other fields of `BuildSpec`, such as ``pixels=False`` or ``reduce="none"``.
     """
-    labels = np.array([index % 6 - 1 for index in range(n)] if labels is None else labels, dtype=np.int16)
+    labels = np.array([index % 6 - 1 for index in range(n)] if labels is None else labels, dtype=np.int32)
     settings = {
         "model": "toy",
         "weights": "own",

@@ -317,7 +317,7 @@ class TestCommand:
             (["--model", "resnet50", "--weights", "nowhere.pth"], "nowhere.pth"),
             (["--model", "networks:demo_network", "--n-steps", "0"], "at least 1"),
             (["--model", "networks:demo_network", "--method", "simpson"], "riemann_right"),
-            (["--model", "networks:demo_network", "--crop", "16", "--max-error", "0.1"], "max_steps"),
+            (["--model", "networks:demo_network", "--crop", "16", "--max-error", "0.1"], "--max-steps"),
             (["--model", "networks:demo_network", "--crop", "16", "--device", "tpu"], "cuda:N"),
             (["--model", "networks:demo_network", "--crop", "16", "--precision", "tf32"], "float32"),
             (["--model", "networks:demo_network", "--crop", "16", "--data", "/nowhere"], "/nowhere"),

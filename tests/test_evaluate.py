@@ -254,7 +254,7 @@ def test_results_csv_says_the_same(results: Any) -> None:
 def test_predictions_open_with_plain_xarray(results: Any) -> None:
     out, evaluation = results
     found = xr.open_zarr(out / "predictions.zarr").load()
-    assert found.prediction.dtype == found.unmasked.dtype == np.int16
+    assert found.prediction.dtype == found.unmasked.dtype == np.int32
     assert dict(found.sizes) == {"pair": 2, "cell": 64, "image": N - 1}
     for name, values in evaluation.predictions.variables.items():
         np.testing.assert_array_equal(found[name].values, values.values)

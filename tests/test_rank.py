@@ -22,7 +22,7 @@ from igstore import cli, rank
 from igstore.blocks import SCORES
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.rank import main, rank_store
-from igstore.schema import BUILT, FAILED, BuildSpec, Preprocessing
+from igstore.schema import BUILT, FAILED, FORMAT_VERSION, BuildSpec, Preprocessing
 from igstore.storage import layout, store
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import create_store, extend_store, write_rank_shard, write_shard
@@ -169,7 +169,7 @@ def test_attributes_say_what_the_ranking_is(path):
     rank_store(path, score="absolute", block=np.int64(4))
     with xr.open_zarr(path, group="ranks/absolute-4", chunks=None) as dataset:
         attributes = dict(dataset.attrs)
-    assert attributes == {"format_version": 1, "score": "absolute", "block": 4, "crop": [11, 14]}
+    assert attributes == {"format_version": FORMAT_VERSION, "score": "absolute", "block": 4, "crop": [11, 14]}
 
 
 def test_consolidated_metadata_has_every_ranking(path):

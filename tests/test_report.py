@@ -51,7 +51,7 @@ def shown(store: Path, cells: Sequence[MaskOptions] = CELLS, **pairing: Any) -> 
     random = np.random.default_rng([*model.encode()])
     right = random.random(visible.shape) < 0.1 + 0.8 * visible
     wrong = (labels + random.integers(1, 5, visible.shape)) % 5
-    prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int16)
+    prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int32)
     spec = reader.spec
     fields = {
         "store": store.name,

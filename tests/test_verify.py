@@ -491,7 +491,7 @@ def test_what_is_no_store_is_a_mistake_and_not_damage(tmp_path):
 
 
 def test_another_format_version_is_no_damage(path):
-    edit_root(path, format_version=2)
+    edit_root(path, format_version=99)
     with pytest.raises(SettingsMismatchError, match="install the igstore that wrote it"):
         verify_store(path)
 

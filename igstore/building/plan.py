@@ -14,7 +14,11 @@ import torch
 from igstore.errors import UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
-from igstore.schema import UNKNOWN_LABEL, BuildSpec, Preprocessing
+from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing
+from igstore.storage import layout
+from igstore.storage.store import read_json
+
+_SETTINGS = ("attributes", "settings")  # what holds a store's settings in its own document, and in its records
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,11 @@ def plan_build(
     split: Split,
     labels: str | os.PathLike[str] | None,
     limit: int | None,
+    overwrite: bool,
     settings: dict[str, Any],
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
+    version = FORMAT_VERSION if overwrite else _format_there(Path(store))
     listed = listed_images(images, split=split, labels=labels)
     classifier = chosen_classifier(model, weights, preprocessing, listed)
     spec = BuildSpec(
@@ -49,13 +55,22 @@ def plan_build(
         weights_sha256=classifier.weights_sha256,
         preprocessing=classifier.preprocessing,
         images_fingerprint=listed.fingerprint,
-        **settings,
+        **{"format_version": version, **settings},
     )
     chosen = listed.head(limit) if limit is not None else listed
     if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
         raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
+    layout.check_classes(spec, int(chosen.labels.max()))
     return Build(classifier, listed, len(chosen), spec, Path(store))
+
+
+def _format_there(path: Path) -> int:
+    """The format version of the store that a build may go on with, which keeps it; the newest where there is none."""
+    documents = (read_json(file) for file in (path / "zarr.json", *path.glob("records/*.json")))
+    said = (document.get(key) for document in documents if isinstance(document, dict) for key in _SETTINGS)
+    versions = (settings.get("format_version") for settings in said if isinstance(settings, dict))
+    return next((version for version in versions if version in READ_VERSIONS), FORMAT_VERSION)
 
 
 def listed_images(images: Any, *, split: Split, labels: str | os.PathLike[str] | None) -> ImageList:

@@ -14,7 +14,7 @@ from igstore.engine.attributor import Attributor
 from igstore.errors import UserError
 from igstore.models import Classifier, load_classifier
 from igstore.pixels import find_pixels, open_pixels
-from igstore.schema import BUILT, IMPORTED, BuildSpec
+from igstore.schema import BUILT, IMPORTED, BuildSpec, whole_number
 from igstore.storage.integrity import Finding
 from igstore.storage.reader import StoreReader
 
@@ -34,8 +34,7 @@ class Recomputation:
     def __init__(
         self, store: StoreReader, count: int, *, images: Any, weights: str | None, device: str, seed: int
     ) -> None:
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must be at least 0")
+        seed = whole_number("seed", seed, 0)
         store.array("attribution")  # raises where a thin copy leaves it out
         if store.spec.method == IMPORTED:
             raise UserError(

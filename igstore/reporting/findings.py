@@ -71,9 +71,9 @@ class Outcome:
     """
 
     images: NDArray[np.intp]
-    labels: NDArray[np.int16]
-    unmasked: NDArray[np.int16]
-    predicted: NDArray[np.int16]
+    labels: NDArray[np.int32]
+    unmasked: NDArray[np.int32]
+    predicted: NDArray[np.int32]
     visible: NDArray[np.float32]
 
     @property
@@ -241,11 +241,10 @@ class Findings:
     def by_class(self, case: Case, keep: Keep) -> ByClass:
         """How many images of each class are right on one side of the cut, of a case that has that side."""
         outcome = self.outcome(list(case.side(keep).values()))
-        images = np.bincount(outcome.labels)
+        classes, places = np.unique(outcome.labels, return_inverse=True)
         right = [outcome.unmasked == outcome.labels, *outcome.right]
-        counts = np.stack([np.bincount(outcome.labels[of], minlength=len(images)) for of in right])
-        classes = np.flatnonzero(images)
-        return ByClass(classes, images[classes], counts[0, classes], counts[1:, classes])
+        counts = np.stack([np.bincount(places[of], minlength=len(classes)) for of in right])
+        return ByClass(classes.astype(np.intp), np.bincount(places), counts[0], counts[1:])
 
     def contrasts(self, case: Case, keep: Keep) -> list[Contrast]:
         """The images that are right from this side alone at some p, those with the fewest pixels visible first."""

@@ -128,9 +128,9 @@ class Shown:
     pairing
         The model and the store.
     image_ids, labels
-        Of the images shown, in the store's order; int16 (image,), -1 where unknown.
+        Of the images shown, in the store's order; int32 (image,), -1 where unknown.
     prediction
-        int16 (1 + cell, image): the class of the highest output; first of the unmasked images.
+        int32 (1 + cell, image): the class of the highest output; first of the unmasked images.
     in_top5
         bool (1 + cell, image): the label is among the five highest outputs.
     visible
@@ -143,8 +143,8 @@ class Shown:
 
     pairing: Pairing
     image_ids: Sequence[str]
-    labels: NDArray[np.int16]
-    prediction: NDArray[np.int16]
+    labels: NDArray[np.int32]
+    prediction: NDArray[np.int32]
     in_top5: NDArray[np.bool_]
     visible: NDArray[np.float64]
     completeness_error: NDArray[np.float32]
@@ -153,8 +153,12 @@ class Shown:
 
 
 def settings_sha256(spec: BuildSpec) -> str:
-    """Sha256 in hexadecimal of a store's settings: equal for stores that hold the same maps, wherever they are."""
-    return hashlib.sha256(json.dumps(spec.to_attributes(), sort_keys=True).encode()).hexdigest()
+    """Sha256 in hexadecimal of a store's settings: equal for stores that hold the same maps, wherever they are.
+
+    And in whatever version of the format: the first one's number is taken for all.
+    """
+    settings = spec.to_attributes() | {"format_version": 1}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
@@ -204,8 +208,8 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
 
     Returns
     -------
-    Dataset of ``prediction``, int16, and ``visible``, float32, the share of pixels left visible (both: pair, cell,
-    image); and of ``unmasked``, int16, ``completeness_error``, float32, and ``steps_spent``, int16 (all: pair, image).
+    Dataset of ``prediction``, int32, and ``visible``, float32, the share of pixels left visible (both: pair, cell,
+    image); and of ``unmasked``, int32, ``completeness_error``, float32, and ``steps_spent``, int16 (all: pair, image).
     A pair is a model and a store; its coordinates are the fields of `Pairing`. A cell is a mask; its coordinates are
     the fields of `MaskOptions`. ``image`` is the id, and ``label`` the class index, -1 where unknown. Images are those
     of all stores, sorted by id; where a store lacks an image, predictions are -1, steps 0 and the others NaN. Its
@@ -213,7 +217,7 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
     """
     ids = np.unique(np.concatenate([np.asarray(shown.image_ids, dtype=np.str_) for shown in every]))
     places = [np.searchsorted(ids, np.asarray(shown.image_ids, dtype=np.str_)) for shown in every]
-    labels = np.full(len(ids), UNKNOWN_LABEL, np.int16)
+    labels = np.full(len(ids), UNKNOWN_LABEL, np.int32)
     for shown, of_shown in zip(every, places, strict=True):
         labels[of_shown] = shown.labels
 
@@ -227,13 +231,13 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
     masked, unmasked = ("pair", "cell", IMAGE), ("pair", IMAGE)
     return xr.Dataset(
         {
-            "prediction": (masked, joined([shown.prediction[1:] for shown in every], np.int16, NOT_SHOWN), describe),
+            "prediction": (masked, joined([shown.prediction[1:] for shown in every], np.int32, NOT_SHOWN), describe),
             "visible": (
                 masked,
                 joined([shown.visible[1:] for shown in every], np.float32, np.nan),
                 {"description": "share of the model's input pixels that the mask leaves visible, 0 to 1"},
             ),
-            "unmasked": (unmasked, joined([shown.prediction[0] for shown in every], np.int16, NOT_SHOWN), describe),
+            "unmasked": (unmasked, joined([shown.prediction[0] for shown in every], np.int32, NOT_SHOWN), describe),
             "completeness_error": (
                 unmasked,
                 joined([shown.completeness_error for shown in every], np.float32, np.nan),

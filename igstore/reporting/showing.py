@@ -20,13 +20,13 @@ from igstore.masking import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.results import Pairing, Shown, settings_sha256
-from igstore.schema import BUILT, UNKNOWN_LABEL
+from igstore.schema import BUILT, UNKNOWN_LABEL, whole_number
 from igstore.storage.reader import StoreReader
 
 _BATCH = {"cpu": 32, "cuda": 128}  # images; larger batches gain nothing
 
 # predicted class, whether the label is in the top five, visible share: (1 + cell, image), first the unmasked images
-_Views = tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.float64]]
+_Views = tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float64]]
 
 
 class ShowingPlan:
@@ -66,8 +66,7 @@ class ShowingPlan:
         batch_size: int | None,
         device: torch.device,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise UserError(f"limit is {limit}; it must be at least 1 image")
+        limit = None if limit is None else whole_number("limit", limit, 1)
         self.store = store
         self.classifiers = classifiers
         self.cells = cells
@@ -147,7 +146,7 @@ def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells:
     in_top5 = (scores.topk(min(5, n_classes), dim=2).indices == labels).any(dim=2)
     visible = torch.stack([batch.visible(cell, own) for cell in cells])
     return (
-        scores.argmax(dim=2).cpu().numpy().astype(np.int16),
+        scores.argmax(dim=2).cpu().numpy().astype(np.int32),
         in_top5.cpu().numpy(),
         np.vstack([np.ones(len(batch)), visible.cpu().numpy()]),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -26,6 +26,7 @@ from igstore.schema import (
     Y,
     check_choice,
 )
+from igstore.wording import option
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ def _scalar(dtype: str, fill_value: float | int | str, description: str) -> Vari
     return Variable((IMAGE,), dtype, fill_value, description)
 
 
+_CLASS = "int32"  # of class indices
+_CLASS_OF_VERSION_1 = "int16"
+
 # What the image list says; known before anything is computed.
 LISTED = {
     "image_id": _scalar("string", "", "file stem, or relative path where stems collide"),
-    "label": _scalar("int16", UNKNOWN_LABEL, "ground-truth class index, -1 unknown"),
+    "label": _scalar(_CLASS, UNKNOWN_LABEL, "ground-truth class index, -1 unknown"),
 }
+
+CLASS_INDICES = ("label", "target", "prediction")
 
 # What an export may leave out.
 OMISSIBLE = ("attribution", "pixels")
@@ -64,8 +70,8 @@ OMISSIBLE = ("attribution", "pixels")
 # What a failed image holds: the same as one that is not built, but for `status`.
 _COMPUTED = {
     "scale": _scalar("float32", 1.0, "power of two that multiplies the stored map"),
-    "target": _scalar("int16", -1, "class index that was attributed"),
-    "prediction": _scalar("int16", -1, "class index that the model predicts on the unmasked image"),
+    "target": _scalar(_CLASS, -1, "class index that was attributed"),
+    "prediction": _scalar(_CLASS, -1, "class index that the model predicts on the unmasked image"),
     "output": _scalar("float32", np.nan, "f(x), the target's output on the image"),
     "baseline_output": _scalar("float32", np.nan, "f(b), the target's output on the baseline"),
     "completeness_error": _scalar("float32", np.nan, "|sum - (f(x)-f(b))| / |f(x)-f(b)| before float16 rounding"),
@@ -88,7 +94,19 @@ def variables(spec: BuildSpec, omitted: Iterable[str] = ()) -> dict[str, Variabl
             dims, "uint8", 0, "the model's resized and cropped input, before normalisation"
         )
     every = image_shaped | LISTED | _COMPUTED
+    if spec.format_version == 1:
+        every |= {name: replace(every[name], dtype=_CLASS_OF_VERSION_1) for name in CLASS_INDICES}
     return {name: variable for name, variable in every.items() if name not in omitted}
+
+
+def check_classes(spec: BuildSpec, largest: int) -> None:
+    """Raise `UserError` unless class indices up to `largest` can be written into a store made with `spec`."""
+    most = int(np.iinfo(variables(spec)["label"].dtype).max)
+    if largest > most:
+        raise UserError(
+            f"the store is of format version {spec.format_version}, whose class indices end at {most}, and there is a "
+            f"class {largest}: give {option('overwrite')} to begin it anew, or another {option('store')}"
+        )
 
 
 def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:

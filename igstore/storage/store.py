@@ -43,7 +43,7 @@ def create_store(
     spec: BuildSpec,
     *,
     image_ids: Sequence[str],
-    labels: NDArray[np.int16],
+    labels: NDArray[np.int32],
     attributes: Mapping[str, Any],
 ) -> None:
     """Make a store with every image listed and none built. It appears under `path` whole, or not at all.
@@ -55,7 +55,7 @@ def create_store(
     spec
         What the store is made with.
     image_ids, labels
-        The images in order, and int16 (image,) class indices, -1 unknown.
+        The images in order, and int32 (image,) class indices, -1 unknown.
     attributes
         More JSON-ready attributes of the root group.
 
@@ -80,7 +80,7 @@ def create_store(
         shutil.rmtree(making, ignore_errors=True)
 
 
-def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int16]) -> None:
+def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int32]) -> None:
     """List more images at the end of a store, which keeps what is built; a short last shard is to be built again.
 
     Parameters
@@ -103,7 +103,7 @@ def lay_out_store(
     spec: BuildSpec,
     *,
     image_ids: Sequence[str],
-    labels: NDArray[np.int16],
+    labels: NDArray[np.int32],
     attributes: Mapping[str, Any],
 ) -> None:
     """Write those metadata and lists of images that are not there or not right; parameters as `create_store`."""

@@ -66,7 +66,7 @@ def make_synthetic_store(
     The maps of the first shard are rolled by another distance in each further one, so that no two are alike.
     """
     spec = synthetic_spec(crop=crop, shard_size=shard_size)
-    labels = np.full(n_images, -1, np.int16)
+    labels = np.full(n_images, -1, np.int32)
     ids = [f"synthetic_{image:06d}" for image in range(n_images)]
     create_store(path, spec, image_ids=ids, labels=labels, attributes={"complete": False})
     n_first = min(n_images, shard_size)

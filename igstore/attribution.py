@@ -108,11 +108,14 @@ def _forward(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
-    """The target's logit or softmax probability, (image,), from logits (image, class) and class indices (image,)."""
+    """The target's logit or probability, (image,), from logits (image, class) and class indices (image,).
+
+    The probability is the softmax over the classes, or of one output alone, whose softmax is 1, its sigmoid.
+    """
     # half precision has too few bits for a softmax over a thousand classes
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if output == "probability":
-        scores = scores.softmax(dim=1)
+        scores = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
     return scores.gather(1, targets[:, None])[:, 0]
 
 
@@ -185,7 +188,7 @@ def integrated_gradients(
     method, n_steps
         A rule of `igstore.quadrature` and its number of gradient evaluations m.
     output
-        What f is: the target's logit or its softmax probability.
+        What f is: the target's logit or its softmax probability; of a network with one output, the sigmoid of that.
     reduce
         How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision

@@ -275,6 +275,11 @@ def main(argv: Sequence[str]) -> int:
             output.note(
                 f"note: {store.where} has {n_failed} images that failed and {n_missing} not built; they are left out"
             )
+        if store.zero_maps:
+            output.note(
+                f"note: {store.zero_maps} images of {store.where} have an attribution of 0 everywhere, and so an empty "
+                "top set"
+            )
     rows = evaluate(stores, **options, show_progress=output.show_progress).rows
     lines = [line for table in article_tables(rows) for line in (table.text(), "")]
     output.result({"rows": rows, "out": options["out"]}, lines)

@@ -37,6 +37,10 @@ class StoreInfo:
         shards, whose records count such images.
     completeness_median, completeness_p90, within_5_percent
         Of the built images' completeness errors: median, 90th percentile, and percent of images at 0.05 or below.
+    n_zero_maps
+        Built images whose map is 0 everywhere, so that there is nothing to rank; None where older stores do not say it.
+    n_same_output
+        Built images whose target has the same output as on the baseline, so that the map should sum to 0.
     n_steps_mean, evaluations
         Gradient evaluations an image, on average, and in all.
     n_bytes
@@ -65,6 +69,8 @@ class StoreInfo:
     completeness_median: float | None
     completeness_p90: float | None
     within_5_percent: float | None
+    n_zero_maps: int | None
+    n_same_output: int
     n_steps_mean: float | None
     evaluations: int
     n_bytes: int
@@ -126,6 +132,8 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
         completeness_median=float(np.median(errors)) if len(errors) else None,
         completeness_p90=float(np.quantile(errors, 0.9, method="higher")) if len(errors) else None,
         within_5_percent=_percent(errors <= 0.05),
+        n_zero_maps=store.zero_maps,
+        n_same_output=int((store.scalars("output") == store.scalars("baseline_output"))[built].sum()),
         n_steps_mean=float(store.scalars("n_steps")[built].mean()) if built.any() else None,
         evaluations=sum(record.get("evaluations", 0) for record in records),
         n_bytes=sum(file["bytes"] for record in [*records, *ranked] for file in record["files"].values()),
@@ -167,6 +175,7 @@ def describe(info: StoreInfo) -> list[str]:
             f"completeness median error {info.completeness_median:.3f}, 90% below {info.completeness_p90:.3f}; "
             f"{info.within_5_percent:.1f}% of images within 5%"
         )
+        lines += _degenerate(info)
         lines.append(
             f"work         {info.evaluations} gradient evaluations, {info.n_steps_mean:.1f} an image, "
             f"{cli.duration(info.wall_seconds)} on {', '.join(info.devices)}"
@@ -183,6 +192,22 @@ def describe(info: StoreInfo) -> list[str]:
     lines.append(f"rankings     {', '.join(ranked) or 'none'}")
     lines += _listed("missing     ", [f"shard {shard}" for shard in info.missing_shards])
     lines += _listed("failed      ", [f"{image}: {reason}" for image, reason in info.failed.items()])
+    return lines
+
+
+def _degenerate(info: StoreInfo) -> list[str]:
+    """What makes figures look better than the maps are."""
+    lines = []
+    if info.n_zero_maps:
+        lines.append(
+            f"zero maps    {info.n_zero_maps} of {info.n_built} images have an attribution of 0 everywhere: nothing to "
+            "rank or mask, and the gradient says nothing"
+        )
+    if info.n_same_output:
+        lines.append(
+            f"same output  {info.n_same_output} of {info.n_built} images have the output of their baseline: their "
+            "completeness error says nothing"
+        )
     return lines
 
 

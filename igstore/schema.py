@@ -151,7 +151,8 @@ class BuildSpec:
     baseline
         Where the path begins, in pixel space.
     target, output
-        Which class is attributed, and what of it: its logit or its softmax probability.
+        Which class is attributed, and what of it: its logit or its softmax probability. A network of one output z is
+        taken for one of two classes, 1 with the logit z and the probability sigmoid(z), and 0 with the rest.
     method, n_steps
         The quadrature rule, and its gradient evaluations an image, 1 to 32767.
     max_error, max_steps

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from igstore.binary import with_classes
 from igstore.errors import UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
@@ -49,6 +50,7 @@ def plan_build(
     version = FORMAT_VERSION if overwrite else _format_there(Path(store))
     listed = listed_images(images, split=split, labels=labels)
     classifier = chosen_classifier(model, weights, preprocessing, listed)
+    classifier = with_classes(classifier, settings.get("output", "logit"))
     spec = BuildSpec(
         model=classifier.name,
         weights=classifier.weights,

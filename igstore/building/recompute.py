@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from igstore.binary import with_classes
 from igstore.blocks import block_ranks, block_shares, block_sums
 from igstore.building.devices import find_device
 from igstore.engine.attributor import Attributor
@@ -45,7 +46,8 @@ class Recomputation:
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
         self._source = open_pixels(store, find_pixels(images))
-        self._attributor = Attributor(_load(store.spec, weights), store.spec, device=find_device(device))
+        model = with_classes(_load(store.spec, weights), store.spec.output)
+        self._attributor = Attributor(model, store.spec, device=find_device(device))
 
     def findings(self) -> Iterator[Finding]:
         """What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks."""

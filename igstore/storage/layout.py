@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ from igstore.errors import UserError
 from igstore.schema import (
     BLOCK_X,
     BLOCK_Y,
+    BUILT,
     CHANNEL,
     FAILED,
     IMAGE,
@@ -119,6 +120,12 @@ def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
     }
 
 
+def zero_maps(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """How many built images have a map that is 0 everywhere, of the variables of some images."""
+    maps = arrays["attribution"].reshape(len(arrays["status"]), -1)
+    return int(np.count_nonzero((arrays["status"] == BUILT) & ~maps.any(axis=1)))
+
+
 def rank_variables(n_blocks: int) -> dict[str, Variable]:
     """The variables of a ranking of `n_blocks` blocks an image."""
     dims = (IMAGE, BLOCK_Y, BLOCK_X)
@@ -216,6 +223,7 @@ _RECORD_FIELDS: dict[str, Callable[[Any], bool]] = {
     "files": lambda files: isinstance(files, dict) and all(map(_is_checksum, files.values())),
     "failed": lambda failed: isinstance(failed, dict) and all(isinstance(reason, str) for reason in failed.values()),
     "in_top5": _is_count,
+    "zero_maps": _is_count,
     "evaluations": _is_count,
     "seconds": lambda seconds: type(seconds) in (int, float) and 0 <= seconds < 2**63,
     "device": lambda device: isinstance(device, str),

@@ -356,6 +356,12 @@ class StoreReader(Sharded):
         return {name: why for record in records for name, why in record.get("failed", {}).items()}
 
     @property
+    def zero_maps(self) -> int | None:
+        """How many built images have a map that is 0 everywhere; None where records of older stores do not say it."""
+        counts = [record.get("zero_maps") for record in self.records.values()]
+        return None if None in counts else sum(count for count in counts if count)
+
+    @property
     def not_built(self) -> NDArray[np.int64]:
         """Indices of the images that no finished shard holds."""
         return np.flatnonzero(self.status == NOT_BUILT)

@@ -144,7 +144,8 @@ def write_shard(
     arrays
         Every variable of the store but `layout.LISTED`, each (images of the shard, ...).
     record
-        What to record besides the images, the settings and the files' checksums, which are added.
+        What to record besides the images, the settings, how many maps are 0 everywhere and the files' checksums, which
+        are added.
 
     Raises
     ------
@@ -153,7 +154,9 @@ def write_shard(
     StoreNotFoundError
         The store is gone, or another is in its place.
     """
-    return _write_pieces(path, spec, n_images, None, shard, arrays, {**record, "settings": spec.to_attributes()})
+    counted = {"zero_maps": layout.zero_maps(arrays)} if "attribution" in arrays else {}
+    recorded = {**record, **counted, "settings": spec.to_attributes()}
+    return _write_pieces(path, spec, n_images, None, shard, arrays, recorded)
 
 
 def check_there(path: Path, spec: BuildSpec, n_images: int) -> StoreReader:

@@ -21,7 +21,7 @@ import xarray as xr
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
 from igstore.errors import UserError
-from igstore.evaluate import own_classifier
+from igstore.evaluate import as_shown, own_classifier
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
@@ -31,6 +31,8 @@ from igstore.storage.reader import StoreReader
 from igstore.wording import option
 
 if TYPE_CHECKING:
+    import torch
+
     from igstore.models import Classifier
 
 DELETION, INSERTION = "deletion", "insertion"
@@ -43,7 +45,7 @@ _LOOKS = {"attribution": "top", "random": "random"}
 
 def insertion_deletion(
     store: str | os.PathLike[str] | StoreReader,
-    model: str | Classifier | None = None,
+    model: str | Classifier | torch.nn.Module | None = None,
     *,
     weights: str | None = None,
     steps: int = 50,
@@ -71,7 +73,8 @@ def insertion_deletion(
     store
         A ranked store's path, or a reader of it.
     model
-        Who is shown the images: a name as `load_classifier` takes it, or a `Classifier`. None is the store's own model.
+        Who is shown the images: a name as `load_classifier` takes it, a `Classifier`, or a network, which then gets the
+        store's preprocessing. None is the store's own model.
     weights
         As `load_classifier` takes them, for a model given by name or the store's own.
     steps
@@ -178,18 +181,22 @@ def insertion_deletion(
     )
 
 
-def _classifier(store: StoreReader, model: str | Classifier | None, weights: str | None) -> Classifier:
+def _classifier(
+    store: StoreReader, model: str | Classifier | torch.nn.Module | None, weights: str | None
+) -> Classifier:
+    from torch.nn import Module
+
     from igstore.models import Classifier, load_classifier
 
     if model is None:
         return own_classifier(store, weights)
     if isinstance(model, str):
         return load_classifier(model, weights)
-    if not isinstance(model, Classifier):
-        raise UserError(f"model is a {type(model).__name__}; it must be a name or a Classifier")
+    if not isinstance(model, Classifier | Module):
+        raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a network")
     if weights is not None:
-        raise UserError("weights goes with a model given by name; a Classifier brings its own")
-    return model
+        raise UserError("weights goes with a model given by name; a network brings its own")
+    return as_shown(model, store)
 
 
 # --- What is made of them

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.freed_memory import keep_freed_memory
-from igstore.masking import MaskedImages, MaskOptions
+from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
 from igstore.normalisation import normalise
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage.reader import StoreReader
@@ -96,6 +96,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         self.options = MaskOptions(
             p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order, seed=seed
         )
+        warn_of_fractions(self.options)
         self._source = MaskedImages(store, images)
         self._source.check(self.options)
         self._source.check_pixels()
@@ -157,6 +158,8 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         """
         sibling = copy.copy(self)
         sibling.options = dataclasses.replace(self.options, **changes)
+        if "p" in changes:
+            warn_of_fractions(sibling.options)
         self._source.check(sibling.options)
         return sibling
 

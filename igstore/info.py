@@ -170,11 +170,17 @@ def describe(info: StoreInfo) -> list[str]:
     if info.top1 is not None:
         top5 = "not known" if info.top5 is None else f"{info.top5:.2f}%"
         lines.append(f"unmasked     top-1 {info.top1:.2f}%, top-5 {top5} of {info.n_labelled} labelled images")
-    if info.completeness_median is not None:
+    if info.completeness_median is not None and settings["method"] == IMPORTED:
+        lines.append(
+            f"completeness not scored: it is for {settings['maps_by']} to say whether a map should sum to f(x) - f(b) "
+            f"(sums miss it by {info.completeness_median:.3f} of it, the median)"
+        )
+    elif info.completeness_median is not None:
         lines.append(
             f"completeness median error {info.completeness_median:.3f}, 90% below {info.completeness_p90:.3f}; "
             f"{info.within_5_percent:.1f}% of images within 5%"
         )
+    if info.completeness_median is not None:
         lines += _degenerate(info)
         lines.append(
             f"work         {info.evaluations} gradient evaluations, {info.n_steps_mean:.1f} an image, "
@@ -205,8 +211,8 @@ def _degenerate(info: StoreInfo) -> list[str]:
         )
     if info.n_same_output:
         lines.append(
-            f"same output  {info.n_same_output} of {info.n_built} images have the output of their baseline: their "
-            "completeness error says nothing"
+            f"same output  {info.n_same_output} of {info.n_built} images have the output of their baseline, so that a "
+            "completeness error of 0 says nothing"
         )
     return lines
 

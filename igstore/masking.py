@@ -6,6 +6,7 @@ the store.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ from igstore.storage import layout
 from igstore.storage.reader import RankingReader, StoreReader
 
 Images = NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,15 @@ class MaskOptions:
         if self.order == "random" or self.fill == "noise":
             parts.append(f"seed {self.seed}")
         return ", ".join(parts)
+
+
+def warn_of_fractions(*cells: MaskOptions) -> None:
+    """Say what p below 1 means, which is rarely what whoever gave it meant."""
+    few = [f"{p:g}" for p in dict.fromkeys(cell.p for cell in cells) if 0 < p < 1]
+    if few:
+        logger.warning(
+            "p is a percentage, from 0 to 100, so %s is less than one percent; one half is 50", ", ".join(few)
+        )
 
 
 def _names(where: Any) -> list[Any] | None:

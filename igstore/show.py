@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
 from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions
+from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage import files
@@ -104,6 +104,7 @@ def show_store(
     if not every_p:
         raise UserError("p is empty; give a number from 0 to 100, or several")
     cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
+    warn_of_fractions(*cells)
     source = MaskedImages(store, images)
     source.check(*cells)
     source.check_pixels()

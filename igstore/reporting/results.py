@@ -59,9 +59,22 @@ class Pairing:
     torch_version: str
 
     @property
+    def pairing(self) -> tuple[Any, ...]:
+        """The values of these fields."""
+        return tuple(getattr(self, name) for name in PAIRING_FIELDS)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the store's maps were made elsewhere: Integrated Gradients of igstore's take a step at least."""
+        return self.n_steps == 0
+
+    @property
     def is_own(self) -> bool:
         """Whether the model was shown the masks that it made itself."""
         return self.weights_sha256 == self.store_weights_sha256
+
+
+PAIRING_FIELDS = tuple(field.name for field in dataclasses.fields(Pairing))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +122,11 @@ class Row(Pairing):
     only_this: int | None
     only_opposite: int | None
     mcnemar_p: float | None
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What the row is of, by what it is and not by what it is called: no other row has the same."""
+        return (self.store_settings_sha256, self.model, self.weights_sha256, self.cell)
 
     @property
     def cell(self) -> MaskOptions:

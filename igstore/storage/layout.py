@@ -19,6 +19,7 @@ from igstore.schema import (
     CHANNEL,
     FAILED,
     IMAGE,
+    IMPORTED,
     NOT_BUILT,
     UNKNOWN_LABEL,
     BuildSpec,
@@ -88,7 +89,8 @@ def variables(spec: BuildSpec, omitted: Iterable[str] = ()) -> dict[str, Variabl
     Those that are `omitted` are left out, as thin copies of stores do.
     """
     map_dims = (IMAGE, CHANNEL, Y, X) if spec.reduce == "none" else (IMAGE, Y, X)
-    image_shaped = {"attribution": Variable(map_dims, "float16", 0.0, "Integrated Gradients divided by scale")}
+    method = "attribution" if spec.method == IMPORTED and spec.format_version > 1 else "Integrated Gradients"
+    image_shaped = {"attribution": Variable(map_dims, "float16", 0.0, f"{method} divided by scale")}
     if spec.pixels:
         dims = (IMAGE, CHANNEL, Y, X)
         image_shaped["pixels"] = Variable(

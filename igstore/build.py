@@ -81,7 +81,7 @@ def build_store(
     weights
         As `load_classifier` takes it; only with a name.
     preprocessing
-        Replaces the model's own. For a bare network the default is the first image's size, and ``pixels / 255``.
+        Replaces the model's own. For a bare network the default is the size that all images have, and ``pixels / 255``.
     split, labels
         As `find_images` takes them; only with a path.
     baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed

@@ -225,7 +225,8 @@ def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classif
 
     if isinstance(model, Classifier):
         return model
-    return classifier_from_module(model, preprocessing=store.spec.preprocessing)
+    prepared = dataclasses.replace(store.spec.preprocessing, resize=None)  # by the store
+    return classifier_from_module(model, preprocessing=prepared)
 
 
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import operator
 import os
 import threading
@@ -89,6 +90,10 @@ class ImageList:
             _positions=self._positions[:n],
         )
 
+    def of_size(self, size: tuple[int, int]) -> ImageList:
+        """The same list, from which images of another (height, width) than `size` cannot be read."""
+        return dataclasses.replace(self, _read_from_source=_OfSize(self._read_from_source, size))
+
     def read(self, index: int) -> Image.Image:
         """Image `index` of the list, decoded, in mode RGB, as torchvision's ``pil_loader`` would return it.
 
@@ -102,6 +107,23 @@ class ImageList:
             A dataset gave something else than a PIL image or a uint8 array.
         """
         return _attempt(self._read_from_source, int(self._positions[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class _OfSize:
+    """What `read` gives, if it is of a (height, width)."""
+
+    read: Callable[[int], Image.Image]
+    size: tuple[int, int]
+
+    def __call__(self, position: int) -> Image.Image:
+        image = self.read(position)
+        height, width = self.size
+        if image.size != (width, height):
+            raise ImageError(
+                f"is {image.height}x{image.width} pixels, and the others {height}x{width}: give a preprocessing for all"
+            )
+        return image
 
 
 def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
@@ -437,17 +459,25 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.
         The image is so long and narrow that its resized form exceeds Pillow's own limit of size.
     """
     image = image if image.mode == "RGB" else image.convert("RGB")
+    size = resized_size(image.size, preprocessing.resize)
     if preprocessing.resize is not None:
-        short, long = min(image.size), max(image.size)
-        resized = int(preprocessing.resize * long / short)  # rounded as torchvision does
-        if Image.MAX_IMAGE_PIXELS and preprocessing.resize * resized > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ImageError(f"too long and narrow: {long} x {short} pixels, {resized} long when resized")
-        size = (resized, preprocessing.resize) if image.width > image.height else (preprocessing.resize, resized)
+        if Image.MAX_IMAGE_PIXELS and math.prod(size) > 2 * Image.MAX_IMAGE_PIXELS:
+            long, short = max(image.size), min(image.size)
+            raise ImageError(f"too long and narrow: {long} x {short} pixels, {max(size)} long when resized")
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     height, width = preprocessing.crop
     top, left = _crop_start(image.height, height), _crop_start(image.width, width)
     cropped = image.crop((left, top, left + width, top + height))  # zeros outside the image
     return np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))  # (channel, y, x)
+
+
+def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
+    """The (width, height) of an image whose shorter side has been brought to `resize`; None leaves it as it is."""
+    if resize is None:
+        return size
+    width, height = size
+    longer = int(resize * max(size) / min(size))  # rounded as torchvision does
+    return (longer, resize) if width > height else (resize, longer)
 
 
 def _crop_start(length: int, crop: int) -> int:

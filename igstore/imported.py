@@ -126,7 +126,7 @@ def import_maps(
     chosen = listed if limit is None else listed.head(limit)
     order = order_of_maps(images, listed, ids=ids, limit=len(chosen))
     given = GivenMaps(maps, chosen.ids, order)
-    classifier = chosen_classifier(model, weights, preprocessing, chosen)
+    classifier, chosen = chosen_classifier(model, weights, preprocessing, chosen)
     _check_fits(given, classifier, reduce)
     on = find_device(device)
     build = plan_build(

@@ -29,7 +29,7 @@ from torch import nn
 from igstore.engine.weights import first_line, load_weights, state_sha256, torch_checkpoint
 from igstore.errors import ModelError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
-from igstore.schema import Interpolation, Preprocessing
+from igstore.schema import Interpolation, Preprocessing, check_resize
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")
@@ -88,7 +88,7 @@ def load_classifier(
     Raises
     ------
     UserError
-        Nothing is known by that name, or the weights do not fit it.
+        Nothing is known by that name, the weights do not fit it, or `resize` is smaller than `crop`.
     WeightsNotFoundError
         The weights are neither on this machine nor to be downloaded.
 
@@ -96,6 +96,7 @@ def load_classifier(
     >>> found.preprocessing.resize, found.preprocessing.crop
     (256, (224, 224))
     """
+    check_resize(resize, crop)
     wanted = None if weights is None else os.fspath(weights)
     found = (source(name, wanted) for _, source in _SOURCES)
     classifier = next((classifier for classifier in found if classifier is not None), None)
@@ -110,7 +111,10 @@ def load_classifier(
         "std": std,
     }
     changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    return dataclasses.replace(classifier, preprocessing=dataclasses.replace(classifier.preprocessing, **changes))
+    changed = dataclasses.replace(classifier.preprocessing, **changes)
+    if {"resize", "crop"} & changes.keys():
+        check_resize(changed.resize, changed.crop)
+    return dataclasses.replace(classifier, preprocessing=changed)
 
 
 def classifier_from_module(
@@ -133,7 +137,7 @@ def classifier_from_module(
     Raises
     ------
     UserError
-        It is not a `torch.nn.Module`.
+        It is not a `torch.nn.Module`, or the preprocessing gives images black margins.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     >>> found = classifier_from_module(network, preprocessing=Preprocessing(resize=None, crop=(8, 8)), name="line")
@@ -142,6 +146,7 @@ def classifier_from_module(
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
+    check_resize(preprocessing.resize, preprocessing.crop)
     kind = type(network)
     return _classifier(
         name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN

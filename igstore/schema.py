@@ -123,6 +123,17 @@ class Preprocessing:
         object.__setattr__(self, "std", tuple(map(float, std)))
 
 
+def check_resize(resize: int | None, crop: int | tuple[int, int] | None) -> None:
+    """Raise `UserError` where `crop` is larger than the shorter side of every image that is brought to `resize`."""
+    if resize is not None and crop is not None:
+        sides = (crop, crop) if isinstance(crop, int) else crop
+        if resize < min(sides):
+            raise UserError(
+                f"{option('resize')} is {resize} and {option('crop')} {sides[0]}x{sides[1]}, so every image would get "
+                f"a black margin; give {option('resize', str(max(sides)))} or more, or a smaller crop"
+            )
+
+
 def _several(values: Any) -> list[Any]:
     """The values of a sequence, an array or a tensor; none of anything else."""
     values = values.tolist() if hasattr(values, "tolist") else values

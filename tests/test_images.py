@@ -439,7 +439,7 @@ def test_a_bare_name_that_is_not_unique_names_nothing(tmp_path: Path) -> None:
         ("file,class_index\na.jpg,1\nphotos/a.jpg,2\n", r"two labels to 'a\.jpg'"),
         ("file,class_index\n,1\n", "line 2 names no file"),
         ("file,class_index\na.jpg,cat\n", "line 2: class_index is 'cat'"),
-        ("file,class_index\na.jpg,40000\n", "a label is 40000"),
+        ("file,class_index\na.jpg,4000000000\n", "a label is 4000000000"),
         ("file,class_index\na.jpg,-2\n", "a label is -2"),
         ("file,wnid\na.jpg,n00001740\n", "line 2: 'n00001740' is not one of"),
         (f"file,wnid,class_index\na.jpg,{WNIDS[5]},6\n", "line 2: class_index is 6, but n01496331 is class 5"),

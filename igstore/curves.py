@@ -20,7 +20,7 @@ import xarray as xr
 
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
-from igstore.errors import UserError
+from igstore.errors import StoreExistsError, UserError
 from igstore.evaluate import as_shown, own_classifier
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 DELETION, INSERTION = "deletion", "insertion"
 CURVE, ORDER, STEP = "curve", "order", "step"  # dims
+
+_AUC, _CURVES, _PICTURE = "auc.csv", "curves.csv", "curves.png"
 
 _KEEP: dict[str, Keep] = {DELETION: "bottom", INSERTION: "top"}
 _LABELS: dict[Order, str] = {"attribution": "the highest rank first", "random": "in a random order"}
@@ -243,9 +245,9 @@ def write_curves(out: Path, curves: xr.Dataset) -> list[str]:
         They cannot be written.
     """
     chart = chart_of(curves)
-    contents = {"auc.csv": _auc_csv(curves).encode(), "curves.csv": chart.csv().encode()}
+    contents = {_AUC: _auc_csv(curves).encode(), _CURVES: chart.csv().encode()}
     if importlib.util.find_spec("matplotlib"):
-        contents["curves.png"] = chart.png()
+        contents[_PICTURE] = chart.png()
     try:
         for name, content in contents.items():
             files.write_atomically(out / name, content)
@@ -286,6 +288,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
     parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
     parser.add_argument("--out", metavar="DIR", help="folder for auc.csv, curves.csv and curves.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace the curves that are there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
     return parser
@@ -295,9 +298,12 @@ def main(argv: Sequence[str]) -> int:
     """``igstore curves STORE``."""
     parsed, output = parser().parse(argv)
     options = vars(parsed)
-    out = options.pop("out")
+    out, overwrite = options.pop("out"), options.pop("overwrite")
     if out is not None and Path(out).is_file():
-        raise UserError(f"out is {out}, which is a file; give a folder")
+        raise UserError(f"--out is {out}, which is a file; give a folder")
+    there = [name for name in (_AUC, _CURVES, _PICTURE) if out is not None and (Path(out) / name).exists()]
+    if there and not overwrite:
+        raise StoreExistsError(f"{out} holds {there[0]} of other curves: give another --out, or --overwrite")
     curves = insertion_deletion(**options, show_progress=output.show_progress)
     areas = {curve: {order: mean_auc(curves, curve, order) for order in _LABELS} for curve in _KEEP}
     said = {name: curves.attrs[name] for name in ("store", "model")} | {"images": curves.sizes[IMAGE], "auc": areas}

@@ -137,6 +137,8 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str]) -> int:
     """``igstore report RESULTS``."""
     options, output = parser().parse(argv)
+    if Path(options.out).exists():
+        output.note(f"note: {options.out} is there, and is replaced")
     page, *beside = make_report(**vars(options))
     said = f"{page}: open it in a browser; {len(beside)} figures and tables in {beside[0].parent}"
     output.summary({"page": page, "files": beside}, [said])

@@ -327,6 +327,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(options.pop("out"))
     if out.suffix.lower() != ".png":
         raise UserError(f"out is {out}; it must be a PNG file: {out.with_suffix('.png')}")
+    if out.exists():
+        output.note(f"note: {out} is there, and is replaced")
     picture = show_store(**options)
     data = io.BytesIO()
     picture.save(data, "png")

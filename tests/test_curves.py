@@ -317,6 +317,18 @@ def test_the_command_prints_mean_areas_and_writes_files(own, tmp_path, capsys):
     np.testing.assert_allclose([float(point["probability of the target"]) for point in points], mean, rtol=1e-6)
 
 
+def test_earlier_curves_are_replaced_where_that_is_asked_for(own, tmp_path, capsys):
+    arguments = [str(own), "--steps", "2", "--out", str(tmp_path / "out")]
+    assert cli.run(main, arguments) == cli.DONE
+    before = (tmp_path / "out" / "curves.csv").read_bytes()
+    capsys.readouterr()
+    assert cli.run(main, [*arguments, "--seed", "5"]) == cli.MISUSED
+    assert "holds auc.csv of other curves: give another --out, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "curves.csv").read_bytes() == before
+    assert cli.run(main, [*arguments, "--seed", "5", "--overwrite"]) == cli.DONE
+    assert (tmp_path / "out" / "curves.csv").read_bytes() != before
+
+
 def test_without_matplotlib_there_are_only_tables(own, tmp_path, monkeypatch):
     monkeypatch.setattr("igstore.curves.importlib.util.find_spec", lambda name: None)
     assert main([str(own), "--steps", "2", "--out", str(tmp_path / "out"), "--quiet"]) == cli.DONE

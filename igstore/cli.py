@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from igstore.errors import IgstoreError, UserError
+from igstore.wording import call, command_line
 
 DONE, FAILED, MISUSED, SOME_IMAGES_FAILED = 0, 1, 2, 3
 INTERRUPTED, TERMINATED = 130, 143
@@ -105,6 +106,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Output]:
         """The command's own options, and where its words go."""
+        call({action.dest: _called(action) for action in self._actions})
         options = self.parse_args(argv)
         given = vars(options)
         output = Output(quiet=given.pop("quiet", False), json=given.pop("json", False))
@@ -118,6 +120,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which `run` turns into one line and status 2."""
         raise UserError(f"{message} (`{self.prog} --help` lists the options)")
+
+
+def _called(action: argparse.Action) -> str:
+    return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
 
 
 @contextmanager
@@ -136,7 +142,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     """Run a command's `main` and turn what it raises into a message on stderr and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="igstore: %(message)s", stream=sys.stderr)
     try:
-        with _terminable():
+        with _terminable(), command_line():
             return command(sys.argv[1:] if argv is None else argv)
     except IgstoreError as error:
         print(printable(f"igstore: {error}"), file=sys.stderr)  # noqa: T201

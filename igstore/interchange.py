@@ -26,6 +26,7 @@ from igstore.storage.reader import StoreReader
 _CHANNELS = 3
 _BATCH = 32  # images at a time, besides a shard
 _NO_CLASS = "not known"
+_MOST_CLASSES = np.iinfo(np.uint16).max  # and one more for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,13 +167,16 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     Raises
     ------
     UserError
-        h5py is not installed, the store has no maps or no pixels, or no image is built.
+        h5py is not installed, the store has no maps or no pixels, no image is built, or a class index is too large.
     DamagedStoreError
         A shard is not what its record says.
     """
     built = _built(store)
     labels, targets, predictions = (store.scalars(name)[built] for name in ("label", "target", "prediction"))
-    classes = _label_map(store, int(max(labels.max(), targets.max(), predictions.max())))
+    largest = int(max(labels.max(), targets.max(), predictions.max()))
+    if largest >= _MOST_CLASSES:
+        raise UserError(f"{store.where} has a class {largest}; ViRelAy's go up to {_MOST_CLASSES - 1}")
+    classes = _label_map(store, largest)
     unknown = len(classes) - 1
     shape = (len(built), _CHANNELS, *store.spec.preprocessing.crop)
     with (

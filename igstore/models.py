@@ -33,7 +33,8 @@ from torch import nn
 from igstore.engine.weights import first_line, load_weights, state_sha256, torch_checkpoint
 from igstore.errors import ModelError, SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
-from igstore.schema import BuildSpec, Interpolation, Preprocessing, names_code
+from igstore.schema import BuildSpec, Interpolation, Preprocessing, check_resize, names_code
+from igstore.wording import option
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")
@@ -92,7 +93,7 @@ def load_classifier(
     Raises
     ------
     UserError
-        Nothing is known by that name, or the weights do not fit it.
+        Nothing is known by that name, the weights do not fit it, or `resize` is smaller than `crop`.
     WeightsNotFoundError
         The weights are neither on this machine nor to be downloaded.
 
@@ -100,6 +101,7 @@ def load_classifier(
     >>> found.preprocessing.resize, found.preprocessing.crop
     (256, (224, 224))
     """
+    check_resize(resize, crop)
     classifier = _found(name, None if weights is None else os.fspath(weights), _SOURCES)
     given = {
         "resize": resize,
@@ -109,14 +111,17 @@ def load_classifier(
         "std": std,
     }
     changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    return dataclasses.replace(classifier, preprocessing=dataclasses.replace(classifier.preprocessing, **changes))
+    changed = dataclasses.replace(classifier.preprocessing, **changes)
+    if {"resize", "crop"} & changes.keys():
+        check_resize(changed.resize, changed.crop)
+    return dataclasses.replace(classifier, preprocessing=changed)
 
 
 def recorded_classifier(
     spec: BuildSpec,
     where: str,
     *,
-    option: str,
+    parameter: str,
     model: str | Classifier | None = None,
     weights: str | os.PathLike[str] | None = None,
 ) -> Classifier:
@@ -129,8 +134,8 @@ def recorded_classifier(
     ----------
     spec, where
         What the store was made with, and its path or URL.
-    option
-        The option by which a user names a model, for messages.
+    parameter
+        What a user names a model by, for messages.
     model, weights
         What the user has given, as `load_classifier` takes it, or a `Classifier`; None is what the store records.
 
@@ -142,11 +147,11 @@ def recorded_classifier(
         What is found has other weights than those that made the store.
     """
     what = f"{where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
-    remedy = f"give --weights for it, or {option} to name a model yourself (in Python, a Classifier will do)"
+    remedy = f"give {option('weights')} for it, or name a model yourself: {option(parameter)}"
     if model is None and names_code(spec.model):
         raise UserError(
             f"{what}, which is code of somebody's own, and no store chooses code that is run here; if you know and "
-            f"trust that code, name it yourself: {option} {spec.model}"
+            f"trust that code, name it yourself: {option(parameter, spec.model)}"
         )
     try:
         if weights is None and _is_word(spec.model, spec.weights):
@@ -192,7 +197,7 @@ def classifier_from_module(
     Raises
     ------
     UserError
-        It is not a `torch.nn.Module`.
+        It is not a `torch.nn.Module`, or the preprocessing gives images black margins.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     >>> found = classifier_from_module(network, preprocessing=Preprocessing(resize=None, crop=(8, 8)), name="line")
@@ -201,6 +206,7 @@ def classifier_from_module(
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
+    check_resize(preprocessing.resize, preprocessing.crop)
     kind = type(network)
     return _classifier(
         name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN

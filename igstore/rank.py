@@ -136,10 +136,14 @@ def ranking_attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any
 def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> int:
     """Rank one shard, from its maps to its record; returns how many images. Doing it twice is harmless."""
     with hold(Path(root)) as folder:
-        return _rank_held(folder, name, shard, score=score, block=block)
+        while True:
+            n_images, is_written = _rank_held(folder, name, shard, score=score, block=block)
+            if is_written:
+                return n_images
 
 
-def _rank_held(folder: Folder, name: str, shard: int, *, score: str, block: int) -> int:
+def _rank_held(folder: Folder, name: str, shard: int, *, score: str, block: int) -> tuple[int, bool]:
+    """How many images a shard has, and whether the maps that were ranked are still those of the store."""
     root = folder.path
     store = StoreReader(root)
     # Read before the maps: should they be replaced meanwhile, the ranks are known to be of the old ones.
@@ -159,8 +163,8 @@ def _rank_held(folder: Folder, name: str, shard: int, *, score: str, block: int)
         ) from error
     arrays = {"rank": ranks, "share": shares}
     provenance = {"attribution_sha256": store.attribution_sha256(record), "versions": {"igstore": __version__}}
-    write_rank_shard(folder, name, store.spec, store.n_images, shard, arrays, provenance)
-    return len(maps)
+    written = write_rank_shard(folder, name, shard, arrays, provenance)
+    return len(maps), written is not None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchErro
 from igstore.names import is_foreign
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
+from igstore.schema import whole_number
 from igstore.storage import files
 from igstore.storage.addresses import shown
 from igstore.storage.contents import Problems, check_images, check_ranks
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
-_ANY_CLASS = np.iinfo(np.int16).max + 1  # where a store does not say how many classes there are
+_ANY_CLASS = np.iinfo(np.int32).max + 1  # where a store does not say how many classes there are
 _FEW = 10  # shards listed before "and so on"
 
 
@@ -94,7 +95,7 @@ def verify_store(
             raise  # another version's, or nothing of igstore's
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
     again = None
-    if recompute:
+    if whole_number("recompute", recompute, 0):
         from igstore.building.recompute import Recomputation  # the only part that needs torch
 
         again = Recomputation(store, recompute, images=images, model=model, weights=weights, device=device, seed=seed)
@@ -342,7 +343,10 @@ def parser() -> cli.Parser:
         "--recompute", type=cli.positive, default=0, metavar="K", help="attribute K images again, and compare"
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="for --recompute: the images, where the store has no pixels; as for `build`"
+        "--data",
+        dest="images",
+        metavar="PATH",
+        help="for --recompute: the images, where the store has no pixels; as for `build`",
     )
     parser.add_argument(
         "--model",
@@ -363,7 +367,7 @@ def main(argv: Sequence[str]) -> int:
     findings = verify_store(
         options.store,
         recompute=options.recompute,
-        images=options.data,
+        images=options.images,
         model=options.model,
         weights=options.weights,
         device=options.device,

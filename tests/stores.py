@@ -80,7 +80,7 @@ def make_store(
     spec
         Other fields of `BuildSpec`, such as ``pixels=False`` or ``reduce="none"``.
     """
-    labels = np.array([index % 6 - 1 for index in range(n)] if labels is None else labels, dtype=np.int16)
+    labels = np.array([index % 6 - 1 for index in range(n)] if labels is None else labels, dtype=np.int32)
     settings = {
         "model": "toy",
         "weights": "own",
@@ -105,7 +105,7 @@ def make_store(
                 "seconds": 1.0,
                 "device": "none",
             }
-            listed = {"image_id": text(image_ids(n)[first:last]), "label": labels[first:last]}
+            listed = layout.listed(build, image_ids(n)[first:last], labels[first:last])
             write_shard(path, build, n, shard, _arrays(build, images, seed) | listed, record)
     if shards is None:
         finish_store(path, {"complete": True})

@@ -268,7 +268,8 @@ def test_pixels_may_come_from_another_store(store, tmp_path):
         ({"deletion_fill": "pink"}, UserError, "fill is 'pink'"),
         ({"block": 4, "steps": 5}, StoreNotFoundError, "igstore rank .* --block 4"),
         ({"weights": "random"}, UserError, "weights goes with a model given by name"),
-        ({"model": Patterns()}, UserError, "model is a Patterns"),
+        ({"model": 3}, UserError, "model is a int"),
+        ({"model": Patterns(), "weights": "random"}, UserError, "a network brings its own"),
         ({"model": classifier(Sum())}, UserError, "has 2 classes"),
         ({"model": classifier(Undefined())}, ModelError, "not finite"),
         ({"model": None}, UserError, "made by toy"),
@@ -315,6 +316,18 @@ def test_the_command_prints_mean_areas_and_writes_files(own, tmp_path, capsys):
         points = [row for row in csv.DictReader(file) if row["panel"].startswith("deletion")][:7]
     mean = found.probability.sel(curve="deletion", order="attribution").mean("image")
     np.testing.assert_allclose([float(point["probability of the target"]) for point in points], mean, rtol=1e-6)
+
+
+def test_earlier_curves_are_replaced_where_that_is_asked_for(own, tmp_path, capsys):
+    arguments = [str(own), "--model", "test_curves:by_name", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert cli.run(main, arguments) == cli.DONE
+    before = (tmp_path / "out" / "curves.csv").read_bytes()
+    capsys.readouterr()
+    assert cli.run(main, [*arguments, "--seed", "5"]) == cli.MISUSED
+    assert "holds auc.csv of other curves: give another --out, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "curves.csv").read_bytes() == before
+    assert cli.run(main, [*arguments, "--seed", "5", "--overwrite"]) == cli.DONE
+    assert (tmp_path / "out" / "curves.csv").read_bytes() != before
 
 
 def test_without_matplotlib_there_are_only_tables(own, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 import torch
@@ -176,7 +177,7 @@ def test_tar_equals_folder(official: Path, unpacked: Path, split: Any) -> None:
 def test_val_labels_are_the_truth(official: Path) -> None:
     images = find_images(official)
     assert dict(zip(images.ids, images.labels.tolist(), strict=True)) == TRUTH
-    assert images.labels.dtype == np.int16
+    assert images.labels.dtype == np.int32
     assert not images.labels.flags.writeable
     assert images.class_names is not None
     assert images.wnids is not None
@@ -440,7 +441,7 @@ def test_a_bare_name_that_is_not_unique_names_nothing(tmp_path: Path) -> None:
         ("file,class_index\na.jpg,1\nphotos/a.jpg,2\n", r"two labels to 'a\.jpg'"),
         ("file,class_index\n,1\n", "line 2 names no file"),
         ("file,class_index\na.jpg,cat\n", "line 2: class_index is 'cat'"),
-        ("file,class_index\na.jpg,40000\n", "a label is 40000"),
+        ("file,class_index\na.jpg,4000000000\n", "a label is 4000000000"),
         ("file,class_index\na.jpg,-2\n", "a label is -2"),
         ("file,wnid\na.jpg,n00001740\n", "line 2: 'n00001740' is not one of"),
         (f"file,wnid,class_index\na.jpg,{WNIDS[5]},6\n", "line 2: class_index is 6, but n01496331 is class 5"),
@@ -732,6 +733,21 @@ def test_targets_spare_the_pass_over_a_dataset() -> None:
         images.read(1)
 
 
+@pytest.mark.parametrize("change", ["order", "labels"])
+def test_targets_of_other_items_are_refused(change: str) -> None:
+    items = [(picture(str(index)), index) for index in range(5)]
+
+    class Changed(Dataset):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__((index + 2) % 5 if change == "order" else index)
+            return image, label + (change == "labels")
+
+    with pytest.raises(UserError, match=r"images\[0\] has the label [12], but images.targets\[0\] is 0"):
+        as_image_list(Changed(items, targets=list(range(5))))
+    hot = [(image, torch.nn.functional.one_hot(torch.tensor(label), 5).float()) for image, label in items]
+    assert as_image_list(Dataset(hot, targets=list(range(5)))).labels.tolist() == list(range(5))
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_broken_image_of_a_dataset_is_found_when_read(broken: int) -> None:
     items: list[Any] = [(picture("0"), 3), (picture("1"), 4)]
@@ -778,6 +794,8 @@ PICTURE = Image.new("RGB", (4, 4))
         (Path("/data/imagenet"), r"find_images\(path\)"),
         ({"a": PICTURE}, "a dict"),
         (iter([("a", PICTURE, 1)]), "list_iterator"),
+        (pd.Series([("b", PICTURE, 1), ("a", PICTURE, 0)], index=[1, 0]), "a Series"),
+        (pd.DataFrame({"id": ["a"], "image": [PICTURE], "label": [1]}), "a DataFrame"),
         (np.zeros((3, 4, 4, 3), np.uint8), r"a ndarray of shape \(3, 4, 4, 3\)"),
         ([], "empty"),
         ([PICTURE], r"images\[0\] is a Image"),
@@ -787,7 +805,7 @@ PICTURE = Image.new("RGB", (4, 4))
         ([(0, PICTURE, 1)], r"images\[0\] is a int"),
         ([("a", PICTURE, "cat")], "the label .* is a str"),
         ([("a", PICTURE, 1.0)], "the label .* is a float"),
-        ([("a", PICTURE, 32768)], "a label is 32768"),
+        ([("a", PICTURE, 2**31)], "a label is 2147483648"),
         ([("a", PICTURE, -2)], "a label is -2"),
         ([("\udcff", PICTURE, 1)], "not valid Unicode"),
         ([("a", np.zeros((3, 8, 8), np.uint8), 1)], r"shape \(3, 8, 8\) and dtype uint8"),

@@ -17,13 +17,12 @@ import pytest
 import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
-from stores import text
 
 from igstore import cli, rank
 from igstore.blocks import SCORES
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.rank import main, rank_store
-from igstore.schema import BUILT, FAILED, BuildSpec, Preprocessing
+from igstore.schema import BUILT, FAILED, FORMAT_VERSION, BuildSpec, Preprocessing
 from igstore.storage import layout
 from igstore.storage.files import Folder
 from igstore.storage.reader import StoreReader
@@ -64,13 +63,13 @@ def write_maps(path: Path, maps: np.ndarray, shard: int) -> None:
     arrays["attribution"] = maps[first:last]
     arrays["scale"][:] = 2.0 ** np.arange(last - first)
     arrays["status"][:] = np.where(maps[first:last].reshape(last - first, -1).any(axis=1), BUILT, FAILED)
-    arrays |= {"image_id": text([image_id(i) for i in range(first, last)]), "label": np.zeros(last - first, np.int16)}
+    arrays |= layout.listed(spec, map(image_id, range(first, last)), np.zeros(last - first, np.int32))
     write_shard(path, spec, len(maps), shard, arrays, {"failed": {}}, instead_of=there)
 
 
 def make(path: Path, maps: np.ndarray, spec: BuildSpec = SPEC, shards: tuple[int, ...] = ALL_SHARDS) -> Path:
     ids = [image_id(i) for i in range(len(maps))]
-    create_store(path, spec, image_ids=ids, labels=np.zeros(len(maps), np.int16), attributes={})
+    create_store(path, spec, image_ids=ids, labels=np.zeros(len(maps), np.int32), attributes={})
     for shard in shards:
         write_maps(path, maps, shard)
     return path
@@ -176,7 +175,7 @@ def test_attributes_say_what_the_ranking_is(path):
     rank_store(path, score="absolute", block=np.int64(4))
     with xr.open_zarr(path, group="ranks/absolute-4", chunks=None) as dataset:
         attributes = dict(dataset.attrs)
-    assert attributes == {"format_version": 1, "score": "absolute", "block": 4, "crop": [11, 14]}
+    assert attributes == {"format_version": FORMAT_VERSION, "score": "absolute", "block": 4, "crop": [11, 14]}
 
 
 def test_consolidated_metadata_has_every_ranking(path):
@@ -295,7 +294,7 @@ def test_a_store_that_grew(tmp_path, maps):
     path = make(tmp_path / "model.zarr", maps[:13], shards=(0, 1))
     rank_store(path)
     ids = [f"image_{i:04d}" for i in range(N)]
-    extend_store(path, image_ids=ids, labels=np.zeros(N, np.int16))
+    extend_store(path, image_ids=ids, labels=np.zeros(N, np.int32))
 
     # the short shard is to be built again; the ranking is as long as the store all the same
     assert rank_store(path) == rank.RankingSummary("positive-3", ranked=0, unchanged=10, missing_shards=(1, 2))
@@ -499,7 +498,7 @@ def test_only_whole_shards_are_written(path, shard, images):
     there = store.ranking("positive-3").records[shard]
     arrays = {"rank": np.zeros((images, 4, 5), np.uint16), "share": np.zeros((images, 4, 5), np.float32)}
     with pytest.raises(UserError, match="only whole shards are written"):
-        write_rank_shard(path, "positive-3", SPEC, N, shard, arrays, tie, instead_of=there)
+        write_rank_shard(path, "positive-3", shard, arrays, tie, instead_of=there)
     assert state(path) == before
 
 

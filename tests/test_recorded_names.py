@@ -109,6 +109,6 @@ def test_a_store_s_weights_are_no_file_of_this_machine(archive, monkeypatch, act
     monkeypatch.setattr("igstore.models.load_weights", lambda network, file, name: read.append(file) or "0" * 64)
     recorded = weights.format(here=archive, name=archive.name)
     path = make_store(archive / "shared.zarr", 4, model="shufflenet_v2_x0_5", weights=recorded)
-    with pytest.raises(UserError, match="give --weights"):
+    with pytest.raises(UserError, match="give weights"):
         act(path)
     assert read == []

@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from stores import CLASS_NAMES, make_store
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
+from igstore.evaluate import Evaluation
 from igstore.masking import MaskedImages, MaskOptions
 from igstore.report import make_report
 from igstore.reporting.charts import LOOKS, look_in_turn
@@ -51,7 +52,7 @@ def shown(store: Path, cells: Sequence[MaskOptions] = CELLS, **pairing: Any) -> 
     random = np.random.default_rng([*model.encode()])
     right = random.random(visible.shape) < 0.1 + 0.8 * visible
     wrong = (labels + random.integers(1, 5, visible.shape)) % 5
-    prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int16)
+    prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int32)
     spec = reader.spec
     fields = {
         "store": store.name,
@@ -541,3 +542,53 @@ sys.exit(",".join({{"torch", "matplotlib.pyplot"}} & set(sys.modules)) or 0)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{out}: open it in a browser; 12 figures and tables in {out.parent / 'report_files'}\n"
     assert out.read_bytes() == report.read_bytes()
+
+
+# What is said of maps that were made elsewhere, and of evaluations that were not written
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of imported maps."""
+    imported = {"method": "imported", "n_steps": 0, "maps_by": "captum Saliency", "maps_sha256": "d" * 64}
+    return make_store(tmp_path_factory.mktemp("given") / "given.zarr", N, shard_size=20, **imported)
+
+
+def of_imported(store: Path) -> Shown:
+    return shown(store, method="captum Saliency", model="toy")
+
+
+def test_imported_maps_are_not_called_integrated_gradients(given, tmp_path):
+    results = write(tmp_path / "results", [of_imported(given)])
+    make_report(results, tmp_path / "report.html", stores=[given])
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "captum Saliency says how much each block" in page.text
+    assert "Integrated Gradients" not in page.text
+    assert "Imported, and not scored: toy (captum Saliency)" in page.text
+    assert "within 5%" not in page.text
+    assert "gradient evaluation" not in page.text
+    assert not (tmp_path / "report_files" / "completeness.png").exists()
+
+
+def test_both_kinds_of_maps_beside_each_other(given, store, tmp_path):
+    results = write(tmp_path / "results", [of_imported(given), shown(store, model="second")])
+    make_report(results, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "captum Saliency and Integrated Gradients say how much each block" in page.text
+    assert "Imported, and not scored: toy, given.zarr (captum Saliency)" in page.text
+    [effort] = [
+        table
+        for table in re.findall(r"<table>.*?</table>", (tmp_path / "report.html").read_text(), re.DOTALL)
+        if "within 5%" in table
+    ]
+    assert "toy, toy.zarr" in effort
+    assert "given.zarr" not in effort
+
+
+def test_an_evaluation_in_memory_makes_the_same_page(results, store, report, tmp_path):
+    evaluation = Evaluation(measure(shown(store), CELLS), predictions([shown(store)], CELLS))
+    make_report(evaluation, tmp_path / "report.html", stores=[store])
+    assert (tmp_path / "report.html").read_bytes() == report.read_bytes()
+    for wrong in (evaluation.rows, None, 3):
+        with pytest.raises(UserError, match=r"results is a .*; it must be what evaluate returned, or the folder"):
+            make_report(wrong, tmp_path / "other.html")

@@ -49,11 +49,11 @@ def shard_arrays(spec: BuildSpec, first: int, last: int) -> dict[str, np.ndarray
     arrays["scale"][:] = 2.0 ** random.integers(-20, 20, last - first)
     arrays["prediction"][:] = random.integers(0, 10, last - first)
     arrays["status"][:] = BUILT
-    return arrays | {"image_id": text(IDS[first:last]), "label": LABELS[first:last]}
+    return arrays | layout.listed(spec, IDS[first:last], LABELS[first:last])
 
 
 IDS = [f"image_{i:04d}" for i in range(30)]
-LABELS = np.arange(30, dtype=np.int16) % 5 - 1
+LABELS = np.arange(30, dtype=np.int32) % 5 - 1
 
 
 def make(path: Path, spec: BuildSpec = SPEC, n: int = 10, shards: list[int] | None = None) -> dict[str, np.ndarray]:

@@ -185,9 +185,9 @@ def _reporting_to(progress: Progress) -> Report:
         evaluations += advance.evaluations
         errors = np.append(errors, advance.errors)
         rate = evaluations / (time.monotonic() - started)
-        work = f"{rate:.1f} gradients/s, " if evaluations else ""  # imported maps take none
         median = f"{np.median(errors):.3f}" if len(errors) else "-"
-        progress.advance(advance.n_images, f"{work}median completeness error {median}")
+        work = f"{rate:.1f} gradients/s, median completeness error {median}"
+        progress.advance(advance.n_images, work if evaluations else "")  # imported maps take none, nor need be complete
 
     return report
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from igstore.binary import with_classes
 from igstore.blocks import block_ranks, block_shares, block_sums
 from igstore.building.devices import find_device
 from igstore.engine.attributor import Attributor
 from igstore.errors import UserError
 from igstore.models import Classifier, recorded_classifier
 from igstore.pixels import find_pixels, open_pixels
-from igstore.schema import BUILT, IMPORTED
+from igstore.schema import BUILT, IMPORTED, whole_number
 from igstore.storage.integrity import Finding
 from igstore.storage.reader import StoreReader
 
@@ -42,8 +43,7 @@ class Recomputation:
         device: str,
         seed: int,
     ) -> None:
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must be at least 0")
+        seed = whole_number("seed", seed, 0)
         store.array("attribution")  # raises where a thin copy leaves it out
         if store.spec.method == IMPORTED:
             raise UserError(
@@ -54,8 +54,9 @@ class Recomputation:
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
         self._source = open_pixels(store, find_pixels(images))
-        classifier = recorded_classifier(store.spec, store.where, option="--model", model=model, weights=weights)
-        self._attributor = Attributor(classifier, store.spec, device=find_device(device))
+        classifier = recorded_classifier(store.spec, store.where, parameter="model", model=model, weights=weights)
+        shown = with_classes(classifier, store.spec.output)
+        self._attributor = Attributor(shown, store.spec, device=find_device(device))
 
     def findings(self) -> Iterator[Finding]:
         """What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks."""

@@ -51,7 +51,7 @@ class ShardWriter:
     ) -> None:
         self._store = store
         self._spec = spec
-        self._listed: Arrays = {"image_id": np.array(image_ids, np.dtypes.StringDType()), "label": labels}
+        self._listed = layout.listed(spec, image_ids, labels)
         self._n_images = len(image_ids)
         self._runtime = runtime
         self._given_up = threading.Event()

@@ -92,6 +92,7 @@ class Worker:
     ) -> None:
         self._build = build
         self._attributor = attributor(build.classifier, build.spec, device=device, batch_size=batch_size)
+        layout.check_classes(build.spec, self._attributor.n_classes - 1)
         self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
         self._decoder = Decoder(build.images, build.spec.preprocessing, workers)
         self._unit = max(1, _UNIT_EVALUATIONS[device.type] // max(1, build.spec.n_steps))  # images
@@ -151,7 +152,7 @@ class Worker:
         for start in range(first, last, self._unit):
             yield Job(shard, start, min(start + self._unit, last))
 
-    def _listed(self, job: Job) -> tuple[NDArray[np.int16], Sequence[str]]:
+    def _listed(self, job: Job) -> tuple[NDArray[np.int32], Sequence[str]]:
         images = self._build.images
         return images.labels[job.first : job.last], images.ids[job.first : job.last]
 

@@ -86,9 +86,9 @@ def visible_by_p(findings: Findings, cases: Sequence[Case], name: str) -> Chart:
 
 
 def completeness(findings: Findings, name: str) -> Chart:
-    """How many images have a completeness error of at most so much; a line for each store."""
+    """How many images have a completeness error of at most so much; a line for each store that was not imported."""
     series = []
-    for turn, (label, row) in enumerate(findings.stores.items()):
+    for turn, (label, row) in enumerate(findings.integrated.items()):
         errors, _ = findings.completeness(row)
         quantiles = np.quantile(errors, _LEVELS / 100, method="inverted_cdf").astype(np.float64)
         drawn = (quantiles > 0) & np.isfinite(quantiles)  # a logarithmic axis has no place for others

@@ -63,7 +63,7 @@ def write_copy(
         for name, ranking in rankings.items():
             record, arrays = read_shard(ranking, shard)
             kept = {**own_fields(record), "attribution_sha256": copy.attribution_sha256(written)}
-            write_rank_shard(path, name, store.spec, store.n_images, shard, arrays, kept)
+            write_rank_shard(path, name, shard, arrays, kept)
         first, last = store.bounds(shard)
         progress.advance(last - first)
     finish_store(path, {"complete": True})

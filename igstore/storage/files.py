@@ -118,7 +118,7 @@ class Folder:
             return os.open(last, flags | os.O_NOFOLLOW, 0o666, dir_fd=home)
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
-        """Write a file under a temporary name, and then rename it; whatever is there gives way to it."""
+        """Write a file under a temporary name, and then rename it, over the file or link that is there."""
         with self._reached(name, make=True) as (home, last):
             temporary = temporary_name(Path(last)).name
             try:
@@ -128,11 +128,7 @@ class Folder:
                         file.write(piece)
                     file.flush()
                     os.fsync(file.fileno())
-                try:
-                    os.replace(temporary, last, src_dir_fd=home, dst_dir_fd=home)
-                except IsADirectoryError:
-                    shutil.rmtree(last, dir_fd=home)
-                    os.replace(temporary, last, src_dir_fd=home, dst_dir_fd=home)
+                os.replace(temporary, last, src_dir_fd=home, dst_dir_fd=home)
                 _flush_folder(home)
             except BaseException:
                 with suppress(FileNotFoundError):

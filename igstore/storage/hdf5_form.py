@@ -123,7 +123,7 @@ class Hdf5Form:
                     raise TypeError(f"it is {values.dtype}, not {variable.numpy_dtype}")
                 yield shard, values if len(values) else None
 
-    def has_shards(self, name: str, n_images: int, shard_size: int) -> bool:
+    def has_shards(self, name: str, variable: layout.Variable, n_images: int, shard_size: int) -> bool:
         """Whether a per-image variable is there for so many images."""
         with reading(f"{self.where}/{name}"), self._file() as file:
             dataset = self._dataset(file, name)

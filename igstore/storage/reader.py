@@ -311,7 +311,7 @@ class StoreReader(Sharded):
         super().__init__(
             store,
             ranking=None,
-            n_images=_check_listed(store, self.attributes.get("n_images"), self.spec.shard_size),
+            n_images=_check_listed(store, self.attributes.get("n_images"), self.spec),
             shard_size=self.spec.shard_size,
             variables=layout.variables(self.spec, self.omitted),
             sizes=layout.sizes(self.spec),
@@ -367,6 +367,12 @@ class StoreReader(Sharded):
         return {name: why for record in records for name, why in record.get("failed", {}).items()}
 
     @property
+    def zero_maps(self) -> int | None:
+        """How many built images have a map that is 0 everywhere; None where records of older stores do not say it."""
+        counts = [record.get("zero_maps") for record in self.records.values()]
+        return None if None in counts else sum(count for count in counts if count)
+
+    @property
     def not_built(self) -> NDArray[np.int64]:
         """Indices of the images that no finished shard holds."""
         return np.flatnonzero(self.status == NOT_BUILT)
@@ -405,11 +411,12 @@ def _omitted(where: str, names: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_listed(form: Form, n_images: object, shard_size: int) -> int:
+def _check_listed(form: Form, n_images: object, spec: BuildSpec) -> int:
     """The number of images that a store says it lists, if it has as many labels.
 
     Memory for whatever there is one of an image is bounded by it, and so by what is there.
     """
-    if type(n_images) is int and n_images >= 1 and form.has_shards("label", n_images, shard_size):
+    label = layout.variables(spec)["label"]
+    if type(n_images) is int and n_images >= 1 and form.has_shards("label", label, n_images, spec.shard_size):
         return n_images
     raise DamagedStoreError(f"{form.where} says that it lists {n_images!r:.20} images, but it has not as many labels")

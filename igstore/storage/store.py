@@ -25,7 +25,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from igstore.blocks import block_grid
-from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UnfinishedShardError, UserError
+from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
 from igstore.storage.files import Folder
@@ -47,7 +47,7 @@ def create_store(
     spec: BuildSpec,
     *,
     image_ids: Sequence[str],
-    labels: NDArray[np.int16],
+    labels: NDArray[np.int32],
     attributes: Mapping[str, Any],
 ) -> None:
     """Make a store with every image listed and none built. It appears under `path` whole, or not at all.
@@ -59,7 +59,7 @@ def create_store(
     spec
         What the store is made with.
     image_ids, labels
-        The images in order, and int16 (image,) class indices, -1 unknown.
+        The images in order, and int32 (image,) class indices, -1 unknown.
     attributes
         More JSON-ready attributes of the root group.
 
@@ -75,7 +75,7 @@ def create_store(
     target = path.resolve()
     making = files.temporary_name(target)
     try:
-        making.mkdir()
+        making.mkdir(parents=True)
         lay_out_store(making, spec, image_ids=image_ids, labels=labels, attributes=attributes)
         making.replace(target)
         files.flush_names(target.parent)
@@ -88,7 +88,7 @@ def create_store(
 
 
 def lay_out_store(
-    path: Path, spec: BuildSpec, *, image_ids: Sequence[str], labels: NDArray[np.int16], attributes: Mapping[str, Any]
+    path: Path, spec: BuildSpec, *, image_ids: Sequence[str], labels: NDArray[np.int32], attributes: Mapping[str, Any]
 ) -> None:
     """Write those metadata and lists of images that are not there or not right; parameters as `create_store`.
 
@@ -98,7 +98,7 @@ def lay_out_store(
         _put(folder, contents(path, spec, image_ids=image_ids, labels=labels, attributes=attributes))
 
 
-def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int16]) -> None:
+def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int32]) -> None:
     """List more images at the end of a store, which keeps what is built; a short last shard is to be built again.
 
     A store that lists as many already, because another process was faster, is left as it is.
@@ -146,7 +146,16 @@ def _put(folder: Folder, wanted: Contents) -> None:
     check_in_place(folder)
     # readers go by the root's number of images, so it comes last; until then the arrays are only longer than it says
     for name, content in wrong.items():
-        folder.write(name, content)
+        _write(folder, name, content)
+
+
+def _write(folder: Folder, name: str, *pieces: bytes | memoryview) -> None:
+    """Write a file of a store; nothing else has business there."""
+    try:
+        folder.write(name, *pieces)
+    except IsADirectoryError:
+        folder.remove(name)
+        folder.write(name, *pieces)
 
 
 def _wrong(path: Path, wanted: Contents) -> Contents:
@@ -171,7 +180,7 @@ def _holds(file: Path, content: bytes) -> bool:
 
 
 def contents(
-    path: Path, spec: BuildSpec, *, image_ids: Sequence[str], labels: NDArray[np.int16], attributes: Mapping[str, Any]
+    path: Path, spec: BuildSpec, *, image_ids: Sequence[str], labels: NDArray[np.int32], attributes: Mapping[str, Any]
 ) -> Contents:
     """What all metadata and lists of images of a store must hold; parameters as `create_store`."""
     wanted = metadata(spec, len(image_ids), attributes)
@@ -182,12 +191,11 @@ def contents(
         if parts:
             ranks = ranking_metadata(spec, len(image_ids), name, block=parts[1], attributes={}, compress=compress)
             wanted |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
-    lists = {"image_id": np.array(image_ids, np.dtypes.StringDType()), "label": labels}
-    for name, values in lists.items():
+    for name, values in layout.listed(spec, image_ids, labels).items():
         for shard in range(layout.shard_count(len(image_ids), spec.shard_size)):
             of_shard = slice(*layout.shard_bounds(shard, len(image_ids), spec.shard_size))
             file = layout.shard_file(name, shard, 1)
-            wanted[file] = _chunk(values[of_shard], spec.shard_size, layout.LISTED[name])
+            wanted[file] = _chunk(values[of_shard], spec.shard_size, layout.variables(spec)[name])
     return wanted
 
 
@@ -213,7 +221,8 @@ def write_shard(
     arrays
         Every variable of the store, each (images of the shard, ...).
     record
-        What to record besides the images, the settings and the files' checksums, which are added.
+        What to record besides the images, the settings, how many maps are 0 everywhere and the files' checksums, which
+        are added.
     instead_of
         The record that the shard has, as far as the caller knows; None where it is not finished. Where it has another
         one by now, because somebody else was faster, nothing is written.
@@ -231,12 +240,14 @@ def write_shard(
     StoreNotFoundError
         The store is gone, or another is in its place.
     """
+    counted = {"zero_maps": layout.zero_maps(arrays)} if "attribution" in arrays else {}
+    recorded = {**record, **counted, "settings": spec.to_attributes()}
     with _held(store) as folder, writing(folder, given_up=given_up):
         group = check_there(folder, spec, n_images)
         there = group.record(shard)
         if there is not None and there != instead_of:
             return there
-        return _write_pieces(folder, group, group, shard, arrays, {**record, "settings": spec.to_attributes()})
+        return _write_pieces(folder, group, group, shard, arrays, recorded)
 
 
 @contextmanager
@@ -256,14 +267,19 @@ def check_there(folder: Folder, spec: BuildSpec, n_images: int) -> StoreReader:
     StoreNotFoundError
         It is gone, or another is in its place.
     """
+    store = _opened(folder)
+    if store.spec != spec or store.n_images != n_images:
+        raise replaced(folder.path)
+    return store
+
+
+def _opened(folder: Folder) -> StoreReader:
     check_in_place(folder)
     try:
         store = StoreReader(folder.path)
     except StoreNotFoundError:
         raise gone(folder.path) from None
     check_in_place(folder)
-    if store.spec != spec or store.n_images != n_images:
-        raise replaced(folder.path)
     return store
 
 
@@ -293,30 +309,22 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
 def write_rank_shard(
     store: Path | Folder,
     name: str,
-    spec: BuildSpec,
-    n_images: int,
     shard: int,
     arrays: Arrays,
     record: Record,
     *,
     instead_of: Record | None = None,
-) -> Record:
+) -> Record | None:
     """Write one whole shard of the ranking `name` (``rank`` and ``share``), then its record; as `write_shard`.
 
-    The record says which maps were ranked, under ``attribution_sha256``.
-
-    Raises
-    ------
-    UnfinishedShardError
-        The store has other maps by now, or none.
+    The record says which maps were ranked, under ``attribution_sha256``. Where the store has other maps by now, or
+    none, nothing is written, and None is returned.
     """
     with _held(store) as folder, writing(folder, shared=True):
-        reader = check_there(folder, spec, n_images)
+        reader = _opened(folder)
         built, group = reader.record(shard), reader.ranking(name)
         if built is None or reader.attribution_sha256(built) != record.get("attribution_sha256"):
-            raise UnfinishedShardError(
-                f"shard {shard} of {folder.path} is being written anew; rank again when the build is done"
-            )
+            return None
         there = group.record(shard)
         if there is not None and there != instead_of:
             return there
@@ -447,7 +455,7 @@ def _write_pieces(
             pieces = [_chunk(arrays[name], group.shard_size, variable)]
         # lists are there since the store was made; what is recorded is what they must hold, whatever became of them
         if name not in layout.LISTED or not _holds(folder.path / file, bytes(pieces[0])):
-            folder.write(file, *pieces)
+            _write(folder, file, *pieces)
         sums[file] = files.checksum_of(pieces)
     check_there(folder, store.spec, store.n_images)
     content = files.sealed({"shard": shard, "images": [first, last], **record, "files": sums})

@@ -142,7 +142,7 @@ class ZarrForm:
                     values = None if content is None else _values(content, dtype, shard_size)
                 yield shard, values
 
-    def has_shards(self, name: str, n_images: int, shard_size: int) -> bool:
+    def has_shards(self, name: str, variable: layout.Variable, n_images: int, shard_size: int) -> bool:
         """Whether a per-image variable is there for so many images, going by the sizes of its files alone."""
         left = iter(range(layout.shard_count(n_images, shard_size)))
         n_bytes = 0
@@ -151,7 +151,7 @@ class ZarrForm:
             if None in sizes:
                 return False
             n_bytes += sum(size or 0 for size in sizes)
-        return n_bytes >= n_images * layout.LISTED[name].numpy_dtype.itemsize
+        return n_bytes >= n_images * variable.numpy_dtype.itemsize
 
     def metadata(self, name: str) -> ArrayMetadata:
         """What the metadata of an array say."""

@@ -146,8 +146,8 @@ def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
     except IgstoreError:
         raise
     except (Exception, SystemExit) as error:  # Pillow's decoders and users' datasets may raise anything
-        if is_of_the_machine(error):  # and so of every image, which are none the worse for it
-            raise access_error("an image cannot be read", error) or error from error
+        if isinstance(error, OSError) and is_of_the_machine(error):  # of every image, none of which is the worse for it
+            raise access_error("an image cannot be read", error) from error
         raise ImageError(_reason(error)) from error
 
 

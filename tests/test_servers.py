@@ -298,6 +298,31 @@ def test_a_server_that_redirects_for_ever(server, url):
         StoreReader(url)
 
 
+def test_what_a_server_says_is_no_format(server, url):
+    def act(handler: Any, _: Any) -> None:
+        handler.wfile.write(b"HTTP/1.1 {} }{0} {x!r:>9} %s %(a)s\r\n\r\n")
+        handler.close_connection = True
+
+    server.fault = lambda path, before: act
+    with pytest.raises(UnreachableError, match="in 4 attempts"):
+        StoreReader(url)
+
+
+def test_a_part_that_breaks_off_is_asked_for_again(server, url, pixels):
+    """Where nothing says how long it is, only its end tells."""
+
+    def act(handler: Any, part: tuple[int, int]) -> None:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {part[0]}-{part[1] - 1}/*")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(bytes(7))
+        handler.close_connection = True
+
+    server.fault = lambda path, before: act if path.startswith(PIXELS) and before < 2 else None
+    np.testing.assert_array_equal(StoreReader(url).array("pixels").read([1]), pixels[[1]])
+
+
 # patience
 
 

@@ -102,8 +102,12 @@ def _as_array(maps: Any) -> NDArray[Any]:
 
 
 def _open(path: Path) -> NDArray[Any]:
+    path = path.expanduser()
     try:
-        values: NDArray[Any] = np.load(path.expanduser(), mmap_mode="r", allow_pickle=False)
+        try:
+            values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError:  # there are file systems without maps; whatever else is wrong is so again
+            values = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the maps cannot be read from {path}: {error}; it must be a .npy file of numbers") from error
     if not isinstance(values, np.ndarray):

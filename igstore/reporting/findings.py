@@ -22,7 +22,7 @@ from igstore.reporting.results import NOT_SHOWN, Pairing, Row
 from igstore.reporting.results_folder import PREDICTIONS, RESULTS, read_rows
 from igstore.reporting.tables import by_p, kinds, lines, store_names
 from igstore.schema import IMAGE, UNKNOWN_LABEL, Keep, Order
-from igstore.storage.reading import NOT_THERE, access_error
+from igstore.storage.reading import NOT_THERE, reading
 
 KEEPS: tuple[Keep, Keep] = ("top", "bottom")
 
@@ -161,11 +161,11 @@ class Findings:
             )
         path = results / PREDICTIONS
         try:
-            findings = cls(rows, xr.open_zarr(path, consolidated=False, zarr_format=3).load())
+            with reading(path):
+                findings = cls(rows, xr.open_zarr(path, consolidated=False, zarr_format=3).load())
             findings.check()
-        except (OSError, KeyError, ValueError) as error:
-            refused = None if isinstance(error, NOT_THERE) else access_error(f"{path} cannot be read", error)
-            raise refused or DamagedStoreError(
+        except (*NOT_THERE, DamagedStoreError, KeyError, ValueError) as error:
+            raise DamagedStoreError(
                 f"{path} does not go with {results / RESULTS} ({error!r}); run `igstore evaluate` again"
             ) from error
         return findings

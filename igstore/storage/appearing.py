@@ -60,7 +60,7 @@ def appearing(out: Path, *, is_file: bool = False) -> Iterator[Path]:
     except BaseException as error:
         _remove(making)
         if isinstance(error, OSError) and not isinstance(error, IgstoreError):
-            raise access_error(f"{out} cannot be written", error) or error from error
+            raise access_error(f"{out} cannot be written", error) from error
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -18,6 +19,8 @@ from igstore.storage.reading import NOT_THERE, Recorded, access_error
 logger = logging.getLogger(__name__)
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+_NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know of none
 
 Write = Callable[[bytes], object]
 
@@ -116,7 +119,11 @@ class ShardCache:
                     f"{found['sha256'][:12]}, its record says {recorded['bytes']} and {recorded['sha256'][:12]}; "
                     "`igstore verify` says what else is damaged"
                 )
-            files.flush(temporary)
+            try:
+                files.flush(temporary)
+            except OSError as error:
+                if error.errno not in _NO_FLUSH:
+                    raise
             temporary.replace(kept)
         finally:
             temporary.unlink(missing_ok=True)
@@ -141,7 +148,7 @@ class ShardCache:
         except IgstoreError:
             raise
         except OSError as error:
-            raise access_error(f"the cache {self.folder} cannot be used", error) or error from error
+            raise access_error(f"the cache {self.folder} cannot be used", error) from error
 
 
 @contextmanager

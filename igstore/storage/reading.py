@@ -59,25 +59,23 @@ _ADVICE = _OF_THE_MACHINE | {
 _OF_THE_CONTENTS = (None, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-def is_of_the_machine(error: BaseException) -> bool:
+def is_of_the_machine(error: Exception) -> bool:
     """Whether an error would come of any file at the moment: no more may be open, no memory, a mount that is gone."""
     return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
-def access_error(what: str, error: BaseException) -> IgstoreError | None:
-    """What the system said, as igstore's own error; None where the error may come of what a file holds.
+def access_error(what: str, error: OSError | MemoryError) -> IgstoreError:
+    """What the system said, as igstore's own error.
 
     Parameters
     ----------
     what
         Begins the message: such as "toy.zarr cannot be read".
     error
-        What was raised; that a file is not there is for the caller to explain.
+        What was raised.
     """
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return OutOfMemoryError(f"{what}: there is not enough memory ({' '.join(str(error).split()):.200})")
-    if not isinstance(error, OSError) or error.errno in _OF_THE_CONTENTS:
-        return None
     said = error.strerror or str(error)
     advice = _ADVICE.get(error.errno or 0)
     found = AccessError(f"{what}: {advice} ({said})" if advice else f"{what}: {said}")
@@ -96,9 +94,8 @@ def reading(what: object) -> Iterator[None]:
     except (IgstoreError, *NOT_THERE):
         raise
     except Exception as error:  # zarr, its codecs and HDF5 raise almost anything
-        refused = access_error(f"{what} cannot be read", error)
-        if refused:
-            raise refused from error
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in _OF_THE_CONTENTS):
+            raise access_error(f"{what} cannot be read", error) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DamagedStoreError(f"{what} cannot be read: {reason}") from error
 

@@ -204,7 +204,7 @@ class RemoteFiles:
         try:
             folder = tempfile.TemporaryDirectory(prefix="igstore-")
         except OSError as error:
-            raise access_error("no temporary folder can be made", error) or error from error
+            raise access_error("no temporary folder can be made", error) from error
         weakref.finalize(self, folder.cleanup)
         logger.warning(
             "%s: the server does not give parts of files, so whole shards are fetched; give cache=FOLDER, or set "
@@ -307,17 +307,17 @@ class RemoteFiles:
         if isinstance(error, UselessError):
             raise UnreachableError(f"{what} could not be read: {error}")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise access_error(f"{what} cannot be read", error) or error from None
+            raise access_error(f"{what} cannot be read", error) from None
 
     def _pause(self, attempt: int, file: str, error: Exception) -> None:
         """Wait until it is time to ask again; raise `UnreachableError` where it is not worth it."""
+        what, pause = f"{self.where}/{file} could not be read", getattr(error, "pause", None)
         said = str(error) if isinstance(error, BusyError) else f"{type(error).__name__}: {error}"
-        said = f"{self.where}/{file} could not be read{{}}: {' '.join(shown(said).split()):.200}"
+        said = " ".join(shown(said).split())[:200]
         if attempt + 1 == _ATTEMPTS:
-            raise UnreachableError(said.format(f", in {_ATTEMPTS} attempts"))
-        pause = getattr(error, "pause", None)
+            raise UnreachableError(f"{what}, in {_ATTEMPTS} attempts: {said}")
         if pause is not None and pause > _LONGEST_PAUSE:
-            raise UnreachableError(f"{said.format('')}; it wants to be asked again in {pause:.0f} seconds")
+            raise UnreachableError(f"{what}: {said}; it wants to be asked again in {pause:.0f} seconds")
         time.sleep(_PAUSE * 2**attempt if pause is None else pause)
 
 

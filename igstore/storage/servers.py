@@ -185,7 +185,7 @@ async def get(
             raise UselessError(f"it sends fewer than {_SLOWEST} bytes a second") from None
         raise BusyError(f"it has sent nothing for {_SILENCE:.0f} seconds") from None
     if expected is not None and n_bytes < expected:
-        raise TooShortError
+        raise BusyError("it broke off")
 
 
 def together(filesystem: Any, requests: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> list[Exception | None]:
@@ -245,6 +245,8 @@ async def _ask_other(filesystem: Any, url: str, part: Part | None) -> AsyncItera
         content = await filesystem._cat_file(url, start=first, end=last)
     else:
         content = await asyncio.to_thread(filesystem.cat_file, url, start=first, end=last)
+    if part is not None and len(content) < part[1] - part[0]:
+        raise TooShortError
 
     async def pieces() -> AsyncIterator[bytes]:
         yield content

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from igstore.errors import UserError
+from igstore.errors import DamagedStoreError, UserError
 from igstore.storage import files
 from igstore.storage.reading import (
     MOST_METADATA,
@@ -21,7 +21,6 @@ from igstore.storage.reading import (
     NOT_THERE,
     Part,
     Recorded,
-    access_error,
     read_parts,
     read_whole,
     reading,
@@ -127,16 +126,12 @@ class LocalFiles:
         """As `Source.problem`."""
         path = self.root / file
         try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                return "is not a regular file"
-            return _difference(path, recorded)
+            with reading(path):
+                return _difference(path, recorded)
         except NOT_THERE:
             return "is missing"
-        except OSError as error:
-            refused = access_error(f"{path} cannot be read", error)
-            if refused:
-                raise refused from error
-            return f"cannot be read ({error.strerror})"
+        except DamagedStoreError as error:
+            return str(error).removeprefix(f"{path} ")
 
 
 def open_source(
@@ -169,6 +164,8 @@ def _or_none(path: Path, read: Callable[[Path], T]) -> T | None:
 
 def _difference(path: Path, recorded: Recorded) -> str:
     """Why a file of this machine is not the one that was recorded; "" where it is."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return "is not a regular file"
     size = path.stat().st_size
     if size != recorded["bytes"]:
         return f"has {size} bytes, and had {recorded['bytes']} when it was written"

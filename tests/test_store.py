@@ -23,7 +23,7 @@ from igstore.errors import (
 from igstore.schema import BUILT, BuildSpec, Preprocessing
 from igstore.storage import files, layout
 from igstore.storage.reader import StoreReader
-from igstore.storage.store import create_store, extend_store, finish_store, write_shard
+from igstore.storage.store import create_store, extend_store, finish_store, metadata, write_shard
 
 SPEC = BuildSpec(
     model="model",
@@ -260,6 +260,20 @@ def test_a_list_that_is_damaged_before_a_shard_is_written_is_not_what_is_recorde
     assert file.read_bytes() == before
     entry = StoreReader(path).records[1]["files"][layout.shard_file(name, 1, 1)]
     assert entry == checksum(before)
+
+
+@pytest.mark.parametrize("n", [9, 10])
+def test_readers_of_a_store_that_is_being_extended_see_what_it_was(path, n):
+    """The arrays' metadata are longer already, and the root's are not."""
+    expected = make(path, n=n)
+    longer = metadata(SPEC, 20, {})
+    for name in layout.variables(SPEC):
+        (path / name / "zarr.json").write_bytes(longer[f"{name}/zarr.json"])
+    store = StoreReader(path)
+    for name in ("attribution", "pixels", "scale"):
+        np.testing.assert_array_equal(store.values(name, 2, store.records[2]), expected[name][8:])
+    np.testing.assert_array_equal(store.array("attribution").read(range(n)), expected["attribution"])
+    assert len(store.array("pixels")) == n
 
 
 @pytest.mark.parametrize("n", [1, 9, 30])

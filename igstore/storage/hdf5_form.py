@@ -74,8 +74,16 @@ class Hdf5Form:
 
     def rankings(self) -> list[str]:
         """The names of what is in the group ``ranks``."""
-        with reading(self.where), self._file() as file:
-            return sorted(file["ranks"]) if "ranks" in file else []
+        import h5py
+
+        with reading(f"{self.where}/ranks"), self._file() as file:
+            if "ranks" not in file:
+                return []
+            if not isinstance(file.get("ranks", getlink=True), h5py.HardLink) or not isinstance(
+                file["ranks"], h5py.Group
+            ):
+                raise TypeError("it is no group of this file")
+            return sorted(file["ranks"])
 
     def records(self, names: Sequence[str]) -> list[bytes | None]:
         """Records, by the names that their files have in Zarr; None for those that are not there."""

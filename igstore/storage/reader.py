@@ -20,7 +20,7 @@ from igstore.blocks import block_grid
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.storage import layout
-from igstore.storage.arrays import ImageArray
+from igstore.storage.arrays import ImageArray, Recording
 from igstore.storage.hdf5_form import Hdf5Form
 from igstore.storage.reading import parse_json, reading
 from igstore.storage.sources import LocalFiles, open_source
@@ -159,11 +159,15 @@ class Sharded:
             There is no such array.
         """
         if name not in self._arrays:
-            array = self.form.image_array(self.array_path(name), self._recorded)
-            if name in self.variables:
-                self._check(array, self.variables[name])
-            self._arrays[name] = array
+            self._arrays[name] = self._opened(name, self._recorded)
         return self._arrays[name]
+
+    def _opened(self, name: str, recorded: Recording) -> ImageArray:
+        array = self.form.image_array(self.array_path(name), recorded)
+        if name in self.variables:
+            self._check(array, self.variables[name])
+            array.shape = (self.n_images, *array.shape[1:])  # it is longer while the store is extended
+        return array
 
     def _recorded(self, shard: int) -> dict[str, Any] | None:
         record = self.records.get(shard)
@@ -184,7 +188,7 @@ class Sharded:
         """
         variable = self.variables[name]
         if variable.is_sharded:
-            return self.form.image_array(self.array_path(name), lambda _: record).shard(shard)
+            return self._opened(name, lambda _: record).shard(shard)
         first, last = self.bounds(shard)
         ((_, found),) = self.form.scalars(
             name, variable, [shard], shard_size=self.shard_size, recorded=lambda _: record

@@ -5,10 +5,8 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from igstore.evaluate import as_shown
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
+from igstore.reporting.texts import csv_text
 from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
@@ -258,12 +257,9 @@ def write_curves(out: Path, curves: xr.Dataset) -> list[str]:
 
 def _auc_csv(curves: xr.Dataset) -> str:
     columns = {f"{curve} {order}": curves.auc.sel({CURVE: curve, ORDER: order}) for curve in _KEEP for order in _LABELS}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([IMAGE, "target", *columns])
     values = (curves[IMAGE], curves.target, *columns.values())
-    writer.writerows(zip(*(column.values.tolist() for column in values), strict=True))
-    return text.getvalue()
+    lines = zip(*(column.values.tolist() for column in values), strict=True)
+    return csv_text([IMAGE, "target", *columns], lines)
 
 
 # --- The command

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from stores import CLASS_NAMES, make_store
 
+from igstore import cli
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.evaluate import Evaluation
 from igstore.masking import MaskedImages, MaskOptions
@@ -49,7 +50,7 @@ def shown(store: Path, cells: Sequence[MaskOptions] = CELLS, **pairing: Any) -> 
     labels = reader.scalars("label")[images]
     visible = np.stack([np.ones(len(images)), *(source.masks(images, cell).mean(axis=(1, 2)) for cell in cells)])
     model = pairing.get("model", "toy")
-    random = np.random.default_rng([*model.encode()])
+    random = np.random.default_rng([*model.encode(errors="replace")])
     right = random.random(visible.shape) < 0.1 + 0.8 * visible
     wrong = (labels + random.integers(1, 5, visible.shape)) % 5
     prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int32)
@@ -453,6 +454,16 @@ def test_sections_without_content_are_left_out(store, tmp_path, cells, missing):
     assert not any("random" in line["series"] for line in read_csv(tmp_path / "report_files" / "accuracy_by_p.csv"))
 
 
+@pytest.mark.parametrize("error", [0.0, np.inf], ids=["all 0", "all infinite"])
+def test_completeness_errors_that_no_logarithm_has(store, tmp_path, error):
+    one = shown(store)
+    one.completeness_error[:] = error
+    make_report(write(tmp_path / "results", [one]), tmp_path / "report.html")
+    drawn = {float(line["completeness error"]) for line in read_csv(tmp_path / "report_files" / "completeness.csv")}
+    assert drawn == ({0.0} if error == 0 else set())
+    assert (tmp_path / "report_files" / "completeness.png").exists()
+
+
 def test_errors_of_zero_and_infinity_and_varying_steps(store, tmp_path):
     one = shown(store)
     one.completeness_error[:] = np.resize(np.float32([0, np.inf, 0.02, 0.3]), len(one.labels))
@@ -476,6 +487,23 @@ def test_hostile_names_are_only_words(tmp_path):
     assert html.count("<style") == html.count("</style")
     assert HOSTILE in "".join(page.words)
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_no_command_of_a_terminal_and_no_tag_gets_into_a_file(tmp_path):
+    hostile = f"\x1b[2J\x9b31m\ud800\x07|{HOSTILE}[x](javascript:y)`"
+    path = make_store(tmp_path / "toy.zarr", 24, class_names=(hostile, *"abcd"), model=hostile, weights=hostile)
+    results = write(tmp_path / "results", [shown(path, model=hostile, device=hostile)])
+    make_report(results, tmp_path / "report.html", stores=[path])
+    texts = [file for file in tmp_path.rglob("*") if file.suffix in (".csv", ".md", ".html", ".htm")]
+    assert {file.suffix for file in texts} == {".csv", ".md", ".html"}
+    for file in texts:
+        text = file.read_text("utf-8")
+        assert cli.printable(text) == text, file
+    tables = (results / "tables.md").read_text()
+    assert not re.search(r"<\w|(?<!\\)[`\[\]]", tables)
+    lines = [line for line in tables.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert columns <= {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| model")}
 
 
 # Mistakes

@@ -252,13 +252,14 @@ class Findings:
         own, other = sides[keep], sides["bottom" if keep == "top" else "top"]
         alone = own.right & ~other.right  # (p, image)
         every_p = list(both)
+        ids = self.predictions[IMAGE].values  # which asking for copies
         found = []
         for image in np.flatnonzero(alone.any(axis=0)).tolist():
             at = np.flatnonzero(alone[:, image]).tolist()
             most = at[0] if keep == "top" else at[-1]
             found.append(
                 Contrast(
-                    image_id=str(self.predictions[IMAGE].values[own.images[image]]),
+                    image_id=str(ids[own.images[image]]),
                     label=int(own.labels[image]),
                     unmasked=int(own.unmasked[image]),
                     every_p=tuple(every_p[place] for place in at),

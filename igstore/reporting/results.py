@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from igstore.cli import printable
 from igstore.masking import MaskOptions
 from igstore.reporting.proportions import mcnemar_p, wilson_interval
 from igstore.schema import IMAGE, UNKNOWN_LABEL, BuildSpec, Fill, Keep, Order, Score, Select
@@ -57,6 +58,11 @@ class Pairing:
     device: str
     igstore_version: str
     torch_version: str
+
+    def __post_init__(self) -> None:
+        for name in PAIRING_FIELDS:  # some of these words come from a store, which may be anybody's
+            value = getattr(self, name)
+            object.__setattr__(self, name, printable(value) if isinstance(value, str) else value)
 
     @property
     def pairing(self) -> tuple[Any, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -20,6 +18,7 @@ from igstore.errors import DamagedStoreError, StoreExistsError, UserError
 from igstore.names import is_foreign
 from igstore.reporting.results import Row
 from igstore.reporting.tables import article_tables
+from igstore.reporting.texts import csv_text
 from igstore.storage import files
 from igstore.wording import option
 
@@ -59,7 +58,8 @@ def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset, *, ove
     try:
         making.mkdir(parents=True)
         files.write_atomically(making / RESULTS, results_json(rows))
-        files.write_atomically(making / CSV, _csv([dataclasses.asdict(row) for row in rows]).encode())
+        records = [dataclasses.asdict(row) for row in rows]
+        files.write_atomically(making / CSV, csv_text(list(records[0]), map(dict.values, records)).encode())
         tables = "\n\n".join(table.markdown() for table in article_tables(rows))
         files.write_atomically(making / TABLES, f"{tables}\n".encode())
         with warnings.catch_warnings():
@@ -78,14 +78,6 @@ def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset, *, ove
 def results_json(rows: Sequence[Row]) -> bytes:
     """What ``results.json`` says of them."""
     return (json.dumps([dataclasses.asdict(row) for row in rows], indent=1, allow_nan=False) + "\n").encode()
-
-
-def _csv(records: Sequence[dict[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def read_rows(out: str | os.PathLike[str]) -> list[Row]:

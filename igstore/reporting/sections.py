@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from igstore.reporting.charts import Chart
 from igstore.reporting.findings import KEEPS, Case, Contrast, Findings
 from igstore.reporting.results import PAIRING_FIELDS
 from igstore.reporting.tables import article_tables
+from igstore.reporting.texts import csv_text
 from igstore.schema import Keep
 from igstore.show import Panel, heat_map, picture_of
 
@@ -59,11 +59,8 @@ class Beside:
         """Put records there as CSV, and return a paragraph that links to them; nothing where there are none."""
         if not records:
             return ""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        self.files[f"{name}.csv"] = text.getvalue().encode()
+        content = csv_text(list(records[0]), map(dict.values, records))
+        self.files[f"{name}.csv"] = content.encode()
         return page.download(words, f"{self.folder.name}/{name}.csv")
 
     def picture(self, name: str, content: Image.Image, words: str) -> str:

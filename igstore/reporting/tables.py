@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from igstore.errors import UserError
 from igstore.reporting.results import Row
+from igstore.reporting.texts import markdown
 from igstore.schema import Keep
 
 WIDTH = 100  # columns of a terminal
@@ -53,7 +54,8 @@ class Table:
         """The table in GitHub's Markdown, under its title and note."""
         rule = ("---", *["---:"] * (len(self.header) - 1))
         lines = [self.header, rule, *(line for group in self.groups for line in group)]
-        return "\n".join([f"**{self.title}**", "", self.note, "", *(f"| {' | '.join(line)} |" for line in lines)])
+        rows = [f"| {' | '.join(map(markdown, line))} |" for line in lines]
+        return "\n".join([f"**{markdown(self.title)}**", "", markdown(self.note), "", *rows])
 
 
 def _aligned(line: Line, widths: Sequence[int]) -> str:

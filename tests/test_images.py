@@ -10,11 +10,14 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -280,6 +283,54 @@ def test_a_damaged_devkit_is_refused(official: Path, devkit: dict[str, bytes], d
     data = tar_bytes(members, "w:gz")
     write(official / "ILSVRC2012_devkit_t12.tar.gz", data[: len(data) // 2] if damage == "archive" else data)
     with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz is damaged"):
+        find_images(official)
+
+
+def nothing(window: int, *first: bytes) -> bytes:
+    """So many bytes, and then 256 MB of zeros, compressed."""
+    made = zlib.compressobj(9, zlib.DEFLATED, window)
+    return b"".join(map(made.compress, [*first, *[bytes(2**20)] * 256])) + made.flush()
+
+
+def bomb(kind: str, devkit: dict[str, bytes]) -> bytes:
+    """The packed devkit, made to cost a quarter of a gigabyte."""
+    if kind == "zeros":
+        return nothing(31)
+    if kind == "a long name":  # whose length a header says, and which is read at once
+        header = tarfile.TarInfo("name")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**28
+        return nothing(31, header.tobuf(tarfile.GNU_FORMAT))
+    _, meta, _ = devkit
+    packed = nothing(15, struct.pack("<II", 14, 2**28))
+    content = devkit[meta][:128] + struct.pack("<II", 15, len(packed)) + packed
+    return tar_bytes(devkit | {meta: content}, "w:gz")
+
+
+@pytest.mark.parametrize("kind", ["zeros", "a long name", "a large table"])
+def test_a_devkit_that_is_far_larger_than_it_looks_costs_little(
+    official: Path, devkit: dict[str, bytes], kind: str
+) -> None:
+    (official / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(bomb(kind, devkit))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="is damaged, or not the devkit"):
+            find_images(official)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2e8
+
+
+@pytest.mark.parametrize("what", ["labels", "devkit"])
+def test_a_pipe_instead_of_labels_is_not_waited_for(official: Path, tmp_path: Path, what: str) -> None:
+    if what == "devkit":
+        file = official / "ILSVRC2012_devkit_t12.tar.gz"
+        file.unlink()
+    else:
+        write(tmp_path / "flat/a.png", encoded(picture("a.png")))
+        official, file = tmp_path / "flat", tmp_path / "flat/labels.csv"
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="not a regular file"):
         find_images(official)
 
 

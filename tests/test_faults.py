@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -556,6 +557,7 @@ def test_a_smaller_limit_goes_on_with_what_the_store_lists(run, store, folder, w
         ("Named", "returns dict; a classifier returns a tensor"),
         ("Noisy", r"for image image_00\d: something in its forward pass is random"),
         ("Broken", "the network failed (RuntimeError: "),
+        ("Leaving", "the network failed (SystemExit: 0)"),
     ],
 )
 def test_a_network_that_is_no_classifier(run, store, folder, model, says):
@@ -670,6 +672,44 @@ MISTAKES = [
     "verify {store} --recompute 2 --data {nowhere}",
     "verify {store} --recompute 2 --seed -1",
 ]
+
+
+def test_code_that_ends_the_program_does_not_make_it_look_done(folder, store, monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (tmp_path / "leaving_module.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for model in ("networks:leaving", "leaving_module:network"):
+        argv = ["build", "--model", model, "--data", folder, "--store", store]
+        assert main(list(map(str, argv))) == cli.MISUSED
+        assert f"{model} called sys.exit(" in capsys.readouterr().err
+    assert not store.exists()
+
+    def command(_argv: object) -> int:
+        sys.exit(0)  # anything else of a user's that a command calls
+
+    assert cli.run(command, []) == cli.FAILED
+    assert "sys.exit(0)" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as asked:
+        main(["build", "--help"])
+    assert asked.value.code == cli.DONE
+
+
+@pytest.mark.parametrize("there", ["a store", "an empty folder", "nothing"])
+def test_a_store_that_is_a_link_is_built_where_it_leads(run, store, folder, whole, tmp_path, there):
+    target = tmp_path / "elsewhere" / "model.zarr"
+    target.parent.mkdir()
+    if there == "a store":
+        shutil.copytree(whole, target)
+        (target / "attribution/c/0/0/0").write_bytes(b"")
+    elif there == "an empty folder":
+        target.mkdir()
+    store.symlink_to(target)
+    process = run(*build(folder, store, "--overwrite"))
+    assert process.wait() == cli.DONE, process.said
+    assert store.is_symlink()
+    assert_undisturbed(store, whole)
+    assert files(target) == files(whole)
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("line", MISTAKES, ids=lambda line: line or "nothing")

@@ -211,7 +211,7 @@ def record_mistake(record: object, shard: int, files: Iterable[str]) -> str:
     """What makes a JSON value no record of a shard that consists of `files`; "" where nothing does."""
     if not isinstance(record, dict):
         return f"it is a {type(record).__name__}"
-    if record.get("shard") != shard:
+    if type(record.get("shard")) is not int or record["shard"] != shard:
         return f"shard is {record.get('shard')!r:.40}, not {shard}"
     for field, is_right in _RECORD_FIELDS.items():
         if field in record and not is_right(record[field]):

@@ -21,7 +21,7 @@ from igstore.engine.lines.integral import OnLines
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import Method, Output, Precision, Reduce, check_choice
+from igstore.schema import Method, Output, Precision, Reduce, check_choice, whole_number
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
 # when that overflows, the batch is done again with a smaller scale.
@@ -109,11 +109,14 @@ def _forward(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
-    """The target's logit or softmax probability, (image,), from logits (image, class) and class indices (image,)."""
+    """The target's logit or probability, (image,), from logits (image, class) and class indices (image,).
+
+    The probability is the softmax over the classes, or of one output alone, whose softmax is 1, its sigmoid.
+    """
     # half precision has too few bits for a softmax over a thousand classes
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     if output == "probability":
-        scores = scores.softmax(dim=1)
+        scores = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(dim=1)
     return scores.gather(1, targets[:, None])[:, 0]
 
 
@@ -186,7 +189,7 @@ def integrated_gradients(
     method, n_steps
         A rule of `igstore.quadrature` and its number of gradient evaluations m.
     output
-        What f is: the target's logit or its softmax probability.
+        What f is: the target's logit or its softmax probability; of a network with one output, the sigmoid of that.
     reduce
         How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision
@@ -219,6 +222,7 @@ def integrated_gradients(
     """
     check_choice("output", output, Output)
     check_choice("reduce", reduce, Reduce)
+    batch_size = whole_number("batch_size", batch_size, 1)
     if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
         raise UserError("max_error and max_steps go together, and with method riemann_right")
     alphas, weights = rule(method, n_steps)

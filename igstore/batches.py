@@ -23,7 +23,7 @@ from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
 from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.pixels import resize
-from igstore.schema import Preprocessing
+from igstore.schema import Preprocessing, whole_number
 from igstore.storage.reader import StoreReader
 
 Tensors = dict[tuple[Any, ...], Tensor]  # what a batch is made of, by kind and by what else it depends on
@@ -77,8 +77,7 @@ class MaskedBatches:
         device: str | torch.device = "cpu",
         batch_size: int = 64,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1 image")
+        batch_size = whole_number("batch_size", batch_size, 1)
         self._source = MaskedImages(store, images)
         self._source.check(*cells)
         self._source.check_pixels()
@@ -143,13 +142,13 @@ class MaskedBatch:
     images
         int64 (image,): their numbers in the store.
     labels
-        int16 (image,): their class indices, -1 where unknown.
+        int32 (image,): their class indices, -1 where unknown.
     """
 
     def __init__(
         self,
         images: Images,
-        labels: NDArray[np.int16],
+        labels: NDArray[np.int32],
         tensors: Tensors,
         tables: Mapping[Preprocessing, Tensor],
         *,

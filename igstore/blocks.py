@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from igstore.errors import UserError
-from igstore.schema import check_choice
+from igstore.schema import check_choice, whole_number
 
 try:
     from igstore import _ranking
@@ -24,6 +23,7 @@ except ImportError:  # not compiled: NumPy ranks the same, in three times the ti
     _ranking = None  # type: ignore[assignment,unused-ignore]
 
 DEFAULT_BLOCK = 3
+MOST_BLOCK = 10**9 - 1  # pixels: more than any image has
 
 _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -51,10 +51,8 @@ SCORES: dict[str, ScoreFunction] = {"positive": positive, "absolute": absolute, 
 
 
 def check_block(block: object) -> int:
-    """`block` as an int; raise `UserError` unless it is a whole number of pixels, at least 1."""
-    if isinstance(block, bool) or not isinstance(block, Integral) or block < 1:
-        raise UserError(f"block is {block!r}; it must be a whole number of pixels, at least 1")
-    return int(block)
+    """`block` as an int; raise `UserError` unless it is a whole number of pixels that a name of a ranking may have."""
+    return whole_number("block", block, 1, MOST_BLOCK)
 
 
 def block_grid(height: int, width: int, block: int = DEFAULT_BLOCK) -> tuple[int, int]:

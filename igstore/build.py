@@ -15,7 +15,7 @@ from igstore import cli
 from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.images import Split
-from igstore.info import StoreInfo, describe, store_info
+from igstore.info import StoreInfo, describe, next_command, store_info
 from igstore.schema import (
     Baseline,
     BuildSpec,
@@ -72,7 +72,7 @@ def build_store(
     ----------
     model
         A name as `load_classifier` takes it, a `Classifier`, or any network in evaluation mode that maps normalised
-        (image, 3, y, x) to logits (image, class).
+        (image, 3, y, x) to logits (image, class). One output is taken for the logit of class 1 against class 0.
     images
         A path as `find_images` takes it, an `ImageList`, a torchvision-style data set without transform, or a sequence
         of (id, PIL image or uint8 array (y, x, 3), label or None).
@@ -81,13 +81,13 @@ def build_store(
     weights
         As `load_classifier` takes it; only with a name.
     preprocessing
-        Replaces the model's own. For a bare network the default is the first image's size, and ``pixels / 255``.
+        Replaces the model's own. For a bare network the default is the size that all images have, and ``pixels / 255``.
     split, labels
         As `find_images` takes them; only with a path.
     baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
         The settings of `BuildSpec`, which decide what the maps are.
     limit
-        Only the first so many images. A larger limit later extends the store; a smaller one leaves it as it is.
+        Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``; a list of these such as
         ``cuda:0,cuda:2``, or ``all`` CUDA devices: then a process for each takes shards as it needs them.
@@ -140,6 +140,7 @@ def build_store(
         split=split,
         labels=labels,
         limit=limit,
+        overwrite=overwrite,
         settings={
             "baseline": baseline,
             "target": target,
@@ -200,6 +201,7 @@ def parser() -> cli.Parser:
     )
     what.add_argument(
         "--data",
+        dest="images",
         metavar="PATH",
         default=os.environ.get("IMAGENET_DIR"),
         help="ImageNet's root, a folder WNID/*.JPEG, or a flat folder (default: $IMAGENET_DIR)",
@@ -209,7 +211,10 @@ def parser() -> cli.Parser:
         "--labels", metavar="CSV", help="CSV with columns file and wnid or class_index, for a flat folder"
     )
     what.add_argument(
-        "--limit", type=cli.positive, metavar="N", help="only the first N images; a larger N later extends the store"
+        "--limit",
+        type=cli.positive,
+        metavar="N",
+        help="only the first N images by id; a larger N later extends the store",
     )
     where = parser.add_argument_group("where to")
     where.add_argument("--store", metavar="STORE", help="folder of the store (default: MODEL.zarr)")
@@ -291,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
     """``igstore build --model NAME [--data PATH] [--store PATH] ...``."""
     parsed, output = parser().parse(argv)
     options = vars(parsed)
-    if options["data"] is None:
+    if options["images"] is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
     from igstore.building.builder import run_build
     from igstore.building.forecast import forecast
@@ -306,21 +311,22 @@ def main(argv: Sequence[str]) -> int:
     preprocessing = {name: options[name] for name in ("resize", "crop", "interpolation", "mean", "std")}
     build = plan_build(
         load_classifier(options["model"], options["weights"], **preprocessing),
-        options["data"],
+        options["images"],
         options["store"] or options["model"].replace(":", "-").replace("/", "-") + ".zarr",
         weights=None,
         preprocessing=None,
         split=options["split"],
         labels=options["labels"],
         limit=options["limit"],
+        overwrite=options["overwrite"],
         settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
     )
     if options["dry_run"]:
         expected = forecast(build, part=part, device=options["device"], batch_size=options["batch_size"])
         output.result(expected, expected.lines())
         return cli.DONE
-    where = {name: options[name] for name in ("device", "batch_size", "workers", "model", "weights", "split", "labels")}
-    hire = choose_workers(build, scheduler=options["scheduler"], images=options["data"], **where)
+    handed_on = ("device", "batch_size", "workers", "model", "weights", "images", "split", "labels")
+    hire = choose_workers(build, scheduler=options["scheduler"], **{name: options[name] for name in handed_on})
     run = {name: options[name] for name in ("scheduler", "rank", "overwrite")}
     run_build(build, hire, part=part, **run, show_progress=output.show_progress)
     if build.spec.pixels:
@@ -353,7 +359,7 @@ def _part(text: str | None, *, overwrite: bool) -> Part:
 
 def _next(info: StoreInfo, part: Part) -> list[str]:
     if info.is_complete:
-        return [f"next         igstore evaluate {info.path}"]
+        return [next_command(info)]
     missing = len(info.missing_shards)
     return [f"{f'part {part}':<12} done; shards of other parts to come: {missing}; whoever builds the last finishes"]
 

@@ -17,9 +17,14 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from igstore.errors import IgstoreError, UserError
+from igstore.wording import call, command_line
 
 DONE, FAILED, MISUSED, SOME_IMAGES_FAILED = 0, 1, 2, 3
 INTERRUPTED, TERMINATED = 130, 143
+
+
+class Answered(SystemExit):
+    """An option such as ``--help`` has been answered, and nothing else was asked for."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -101,15 +106,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Output]:
         """The command's own options, and where its words go."""
+        call({action.dest: _called(action) for action in self._actions})
         options = self.parse_args(argv)
         given = vars(options)
         output = Output(quiet=given.pop("quiet", False), json=given.pop("json", False))
         logging.getLogger("igstore").setLevel(logging.ERROR if output.quiet else logging.NOTSET)
         return options, output
 
+    def exit(self, status: int = DONE, message: str | None = None) -> NoReturn:
+        """Raise `Answered`, which is told from a user's code that calls `sys.exit`."""
+        raise Answered(status)
+
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which `run` turns into one line and status 2."""
         raise UserError(f"{message} (`{self.prog} --help` lists the options)")
+
+
+def _called(action: argparse.Action) -> str:
+    return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
 
 
 @contextmanager
@@ -128,7 +142,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     """Run a command's `main` and turn what it raises into a message on stderr and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="igstore: %(message)s", stream=sys.stderr)
     try:
-        with _terminable():
+        with _terminable(), command_line():
             return command(sys.argv[1:] if argv is None else argv)
     except IgstoreError as error:
         print(printable(f"igstore: {error}"), file=sys.stderr)  # noqa: T201
@@ -138,6 +152,11 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         how = "terminated" if terminated else "interrupted"
         print(f"igstore: {how}; run the same command again to go on", file=sys.stderr)  # noqa: T201
         return TERMINATED if terminated else INTERRUPTED
+    except Answered:
+        raise
+    except SystemExit as error:
+        print(f"igstore: a network's or data set's own code called sys.exit({error.code!r})", file=sys.stderr)  # noqa: T201
+        return FAILED
     except BrokenPipeError:
         # whoever read our output has gone, as `igstore info | head` does; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,10 +5,8 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -20,20 +18,26 @@ import xarray as xr
 
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
-from igstore.errors import UserError
-from igstore.evaluate import own_classifier
+from igstore.errors import StoreExistsError, UserError
+from igstore.evaluate import as_shown
 from igstore.masking import MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
-from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score
+from igstore.reporting.texts import csv_text
+from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 if TYPE_CHECKING:
+    import torch
+
     from igstore.models import Classifier
 
 DELETION, INSERTION = "deletion", "insertion"
 CURVE, ORDER, STEP = "curve", "order", "step"  # dims
+
+_AUC, _CURVES, _PICTURE = "auc.csv", "curves.csv", "curves.png"
 
 _KEEP: dict[str, Keep] = {DELETION: "bottom", INSERTION: "top"}
 _LABELS: dict[Order, str] = {"attribution": "the highest rank first", "random": "in a random order"}
@@ -42,7 +46,7 @@ _LOOKS = {"attribution": "top", "random": "random"}
 
 def insertion_deletion(
     store: str | os.PathLike[str] | StoreReader,
-    model: str | Classifier | None = None,
+    model: str | Classifier | torch.nn.Module | None = None,
     *,
     weights: str | None = None,
     steps: int = 50,
@@ -70,7 +74,8 @@ def insertion_deletion(
     store
         A ranked store's path, or a reader of it.
     model
-        Who is shown the images: a name as `load_classifier` takes it, or a `Classifier`. None is the store's own model.
+        Who is shown the images: a name as `load_classifier` takes it, a `Classifier`, or a network, which then gets the
+        store's preprocessing. None is the store's own model, as for `evaluate`.
     weights
         As `load_classifier` takes them, for a model given by name or the store's own.
     steps
@@ -105,7 +110,7 @@ def insertion_deletion(
     UserError
         A value is not allowed, a ranking or the pixels are missing, or a target is none of the model's classes.
     SettingsMismatchError
-        The store's own model cannot be loaded with the weights that made the store.
+        The weights found for the store's own model are not those that made the store.
     ModelError
         The network does not classify such images, or its outputs are not finite.
 
@@ -118,10 +123,12 @@ def insertion_deletion(
 
     reader = StoreReader.of(store)
     n_blocks = math.prod(block_grid(*reader.spec.preprocessing.crop, block))
-    if not 1 <= steps <= n_blocks:
-        raise UserError(f"steps is {steps}; it must be between 1 and {n_blocks}, the number of blocks of an image")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1 image")
+    steps = whole_number("steps", steps, 1)
+    if steps > n_blocks:
+        raise UserError(
+            f"{option('steps')} is {steps}; it must be between 1 and {n_blocks}, the number of blocks of an image"
+        )
+    limit = None if limit is None else whole_number("limit", limit, 1)
     changed = [-(-step * n_blocks // steps) for step in range(steps + 1)]  # blocks, rounded up
     every_p = [max(0.0, 100 * (count - 0.5) / n_blocks) for count in changed]  # the middle of what selects so many
     fills = {DELETION: deletion_fill, INSERTION: insertion_fill}
@@ -175,18 +182,22 @@ def insertion_deletion(
     )
 
 
-def _classifier(store: StoreReader, model: str | Classifier | None, weights: str | None) -> Classifier:
-    from igstore.models import Classifier, load_classifier
+def _classifier(
+    store: StoreReader, model: str | Classifier | torch.nn.Module | None, weights: str | None
+) -> Classifier:
+    from torch.nn import Module
+
+    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
 
     if model is None:
-        return own_classifier(store, weights)
+        return recorded_classifier(store.spec, store.where, parameter="model", weights=weights)
     if isinstance(model, str):
-        return load_classifier(model, weights)
-    if not isinstance(model, Classifier):
-        raise UserError(f"model is a {type(model).__name__}; it must be a name or a Classifier")
+        return fitted(load_classifier(model, weights), store.spec)
+    if not isinstance(model, Classifier | Module):
+        raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a network")
     if weights is not None:
-        raise UserError("weights goes with a model given by name; a Classifier brings its own")
-    return model
+        raise UserError("weights goes with a model given by name; a network brings its own")
+    return as_shown(model, store)
 
 
 # --- What is made of them
@@ -233,9 +244,9 @@ def write_curves(out: Path, curves: xr.Dataset) -> list[str]:
         They cannot be written.
     """
     chart = chart_of(curves)
-    contents = {"auc.csv": _auc_csv(curves).encode(), "curves.csv": chart.csv().encode()}
+    contents = {_AUC: _auc_csv(curves).encode(), _CURVES: chart.csv().encode()}
     if importlib.util.find_spec("matplotlib"):
-        contents["curves.png"] = chart.png()
+        contents[_PICTURE] = chart.png()
     try:
         for name, content in contents.items():
             files.write_atomically(out / name, content)
@@ -246,12 +257,9 @@ def write_curves(out: Path, curves: xr.Dataset) -> list[str]:
 
 def _auc_csv(curves: xr.Dataset) -> str:
     columns = {f"{curve} {order}": curves.auc.sel({CURVE: curve, ORDER: order}) for curve in _KEEP for order in _LABELS}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([IMAGE, "target", *columns])
     values = (curves[IMAGE], curves.target, *columns.values())
-    writer.writerows(zip(*(column.values.tolist() for column in values), strict=True))
-    return text.getvalue()
+    lines = zip(*(column.values.tolist() for column in values), strict=True)
+    return csv_text([IMAGE, "target", *columns], lines)
 
 
 # --- The command
@@ -276,6 +284,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
     parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
     parser.add_argument("--out", metavar="DIR", help="folder for auc.csv, curves.csv and curves.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace the curves that are there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
     return parser
@@ -285,9 +294,12 @@ def main(argv: Sequence[str]) -> int:
     """``igstore curves STORE``."""
     parsed, output = parser().parse(argv)
     options = vars(parsed)
-    out = options.pop("out")
+    out, overwrite = options.pop("out"), options.pop("overwrite")
     if out is not None and Path(out).is_file():
-        raise UserError(f"out is {out}, which is a file; give a folder")
+        raise UserError(f"--out is {out}, which is a file; give a folder")
+    there = [name for name in (_AUC, _CURVES, _PICTURE) if out is not None and (Path(out) / name).exists()]
+    if there and not overwrite:
+        raise StoreExistsError(f"{out} holds {there[0]} of other curves: give another --out, or --overwrite")
     curves = insertion_deletion(**options, show_progress=output.show_progress)
     areas = {curve: {order: mean_auc(curves, curve, order) for order in _LABELS} for curve in _KEEP}
     said = {name: curves.attrs[name] for name in ("store", "model")} | {"images": curves.sizes[IMAGE], "auc": areas}

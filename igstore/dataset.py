@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.freed_memory import keep_freed_memory
-from igstore.masking import MaskedImages, MaskOptions
+from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
 from igstore.normalisation import normalise
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage.reader import StoreReader
@@ -40,8 +40,9 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.
     where
-        bool (image,) over all images of the store, such as ``open_store(path).label == 5``: only these. Images that are
-        not built or failed are left out in any case.
+        bool (image,) over all images of the store, such as ``open_store(path).label == 5``: only these. A DataArray
+        with the coordinate ``image``, or a pandas Series whose index is the image ids, may be in any order; anything
+        else is in the store's. Images that are not built or failed are left out in any case.
     transform
         Takes the place of the normalisation: from the masked pixels, a uint8 tensor (3, y, x), to anything. By default
         they become the float32 input of the model that made the store, as ``ToTensor`` and ``Normalize`` would make it.
@@ -95,6 +96,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         self.options = MaskOptions(
             p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order, seed=seed
         )
+        warn_of_fractions(self.options)
         self._source = MaskedImages(store, images)
         self._source.check(self.options)
         self._source.check_pixels()
@@ -156,6 +158,8 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
         """
         sibling = copy.copy(self)
         sibling.options = dataclasses.replace(self.options, **changes)
+        if "p" in changes:
+            warn_of_fractions(sibling.options)
         self._source.check(sibling.options)
         return sibling
 

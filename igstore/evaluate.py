@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,21 @@ import xarray as xr
 
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
-from igstore.errors import SettingsMismatchError, UserError, WeightsNotFoundError
-from igstore.masking import MaskOptions
+from igstore.errors import UserError
+from igstore.masking import MaskOptions, warn_of_fractions
 from igstore.masks import FILLS, SELECTIONS
-from igstore.reporting.results import Row, measure, predictions
+from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
 from igstore.reporting.tables import article_tables
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage.reader import StoreReader
 
 if TYPE_CHECKING:
+    import torch
+
     from igstore.models import Classifier
+
+    Model = str | Classifier | torch.nn.Module
 
 Store = str | os.PathLike[str] | StoreReader
 
@@ -53,7 +58,7 @@ class Evaluation:
 def evaluate(
     stores: Store | Sequence[Store],
     *,
-    models: Sequence[str | Classifier] | None = None,
+    models: Model | Sequence[Model] | None = None,
     weights: str | Sequence[str | None] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     keep: Keep | Sequence[Keep] = ("top", "bottom"),
@@ -65,6 +70,7 @@ def evaluate(
     seed: int = 0,
     images: Any = None,
     out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     device: str = "auto",
     batch_size: int | None = None,
     limit: int | None = None,
@@ -77,8 +83,10 @@ def evaluate(
     stores
         Ranked stores, as paths or readers.
     models
-        Who is shown the images: names as `load_classifier` takes them, or each a `Classifier`. None is each store's own
-        model, loaded by the name and weights that it records.
+        Who is shown the images: names as `load_classifier` takes them, or each a `Classifier`, or a network, which then
+        gets each store's preprocessing. None is each store's own model, by the name and weights that it records; where
+        that is code, `package.module:function`, it must be named here. A store's own model that is named gets the
+        preprocessing that the store was made with.
     weights
         As `load_classifier` takes them (None is a model's default), for the models given by name, or for the stores'
         own: one for each, or one for all.
@@ -90,6 +98,8 @@ def evaluate(
         As `MaskedImageNet`, for stores without pixels.
     out
         Folder to write the results to, see `igstore.reporting.results_folder.write_report`.
+    overwrite
+        Replace the results of an earlier evaluation that are there.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
     batch_size
@@ -102,10 +112,12 @@ def evaluate(
     Raises
     ------
     UserError
-        A value is not allowed, a ranking or the pixels are missing, no image is labelled, or two stores give one image
-        different labels.
+        A value is not allowed, a ranking or the pixels are missing, no image is labelled, two stores give one image
+        different labels, or two rows would be of one store, model and mask.
+    StoreExistsError
+        Something is at `out`.
     SettingsMismatchError
-        A store's own model cannot be loaded with the weights that made the store.
+        The weights found for a store's own model are not those that made the store.
     ModelError
         A network does not classify such images.
 
@@ -118,18 +130,21 @@ def evaluate(
 
     readers = [StoreReader.of(store) for store in _several(stores)]
     cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)
+    warn_of_fractions(*cells)
     on = find_device(device)
     if out is not None:
-        check_out(Path(out))
+        check_out(Path(out), overwrite=overwrite)
     _check_labels(readers)
+    shown_to = _classifiers(readers, models, weights)
+    _check_different(readers, shown_to)
     plans = [
-        ShowingPlan(store, shown_to, cells, images=images, limit=limit, batch_size=batch_size, device=on)
-        for store, shown_to in zip(readers, _classifiers(readers, models, weights), strict=True)
+        ShowingPlan(store, some, cells, images=images, limit=limit, batch_size=batch_size, device=on)
+        for store, some in zip(readers, shown_to, strict=True)
     ]
     shown = show(plans, show_progress=show_progress)
     evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
     if out is not None:
-        write_report(Path(out), evaluation.rows, evaluation.predictions)
+        write_report(Path(out), evaluation.rows, evaluation.predictions, overwrite=overwrite)
     return evaluation
 
 
@@ -161,26 +176,66 @@ def _check_labels(stores: Sequence[StoreReader]) -> None:
                 )
 
 
+def _check_different(stores: Sequence[StoreReader], shown_to: Sequence[Sequence[Classifier]]) -> None:
+    """Raise `UserError` where rows would be of one store's settings and one model."""
+    seen: dict[tuple[str, str, str], int] = {}
+    for number, (store, classifiers) in enumerate(zip(stores, shown_to, strict=True)):
+        for one in classifiers:
+            other = seen.setdefault((settings_sha256(store.spec), one.name, one.weights_sha256), number)
+            if other != number:
+                raise UserError(
+                    f"{stores[other].where} and {store.where} hold the same maps, of the same settings, so {one.name} "
+                    "would have two rows of each mask; give one of them"
+                )
+        names = Counter((one.name, one.weights_sha256) for one in classifiers)
+        (name, sha256), count = names.most_common(1)[0]
+        if count > 1:
+            raise UserError(
+                f"{count} models are called {name} and have the same weights (sha256 {sha256[:12]}), so nothing would "
+                "tell their rows apart; give one, or other names (in Python, classifier_from_module(..., name=...))"
+            )
+
+
 # --- Which models
 
 
 def _classifiers(
-    stores: Sequence[StoreReader], models: Sequence[str | Classifier] | None, weights: str | Sequence[str | None] | None
+    stores: Sequence[StoreReader], models: Model | Sequence[Model] | None, weights: str | Sequence[str | None] | None
 ) -> list[list[Classifier]]:
     """For each store, the classifiers that its images are shown to."""
-    from igstore.models import Classifier, load_classifier
+    from torch.nn import Module
+
+    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
 
     if models is None:
-        return [[own_classifier(*pair)] for pair in zip(stores, _one_each(weights, len(stores)), strict=True)]
-    if not models:
+        pairs = zip(stores, _one_each(weights, len(stores)), strict=True)
+        return [[recorded_classifier(one.spec, one.where, parameter="models", weights=own)] for one, own in pairs]
+    several = [models] if isinstance(models, str | Classifier | Module) else list(models)
+    if not several:
         raise UserError("models is empty; give at least one, or leave it out for the store's own model")
-    wrong = [model for model in models if not isinstance(model, str | Classifier)]
+    wrong = [model for model in several if not isinstance(model, str | Classifier | Module)]
     if wrong:
-        raise UserError(f"models has a {type(wrong[0]).__name__}; each must be a name or a Classifier")
-    names = [model for model in models if isinstance(model, str)]
-    named = iter([load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)])
-    shown_to = [next(named) if isinstance(model, str) else model for model in models]
-    return [shown_to] * len(stores)
+        raise UserError(f"models has a {type(wrong[0]).__name__}; each must be a name, a Classifier or a network")
+    names = [model for model in several if isinstance(model, str)]
+    loaded = [load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)]
+
+    def shown_to(store: StoreReader) -> list[Classifier]:
+        named = iter(loaded)
+        return [
+            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store) for model in several
+        ]
+
+    return list(map(shown_to, stores))
+
+
+def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classifier:
+    """A classifier as it is, and a network with the preprocessing of the store whose images it is shown."""
+    from igstore.models import Classifier, classifier_from_module
+
+    if isinstance(model, Classifier):
+        return model
+    prepared = dataclasses.replace(store.spec.preprocessing, resize=None)  # by the store
+    return classifier_from_module(model, preprocessing=prepared)
 
 
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:
@@ -193,30 +248,6 @@ def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequ
             f"there are {len(weights)} weights for {n_models} models by name; give one for each, or one for all"
         )
     return weights
-
-
-def own_classifier(store: StoreReader, weights: str | None) -> Classifier:
-    """The classifier that made a store, by the name and weights that it records, or from these `weights`."""
-    from igstore.models import load_classifier
-
-    spec = store.spec
-    what = f"{store.where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
-    remedy = "give --weights for it, or --models to show its images to others (in Python, models=[Classifier, ...])"
-    try:
-        try:
-            found = load_classifier(spec.model, weights or spec.weights)
-        except WeightsNotFoundError:
-            if weights is not None:
-                raise
-            # what is recorded need not be a word to load them by: it may be the name of a package or a tag
-            found = load_classifier(spec.model)
-    except UserError as error:
-        raise UserError(f"{what}, which cannot be loaded: {error}; {remedy}") from error
-    if found.weights_sha256 != spec.weights_sha256:
-        raise SettingsMismatchError(
-            f"{what}, but the weights found are {found.weights} (sha256 {found.weights_sha256[:12]}); {remedy}"
-        )
-    return dataclasses.replace(found, preprocessing=spec.preprocessing)
 
 
 # --- The command
@@ -259,6 +290,7 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--out", metavar="DIR", help="folder for results.json, results.csv, tables.md and predictions.zarr"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier evaluation there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
     return parser
@@ -274,6 +306,11 @@ def main(argv: Sequence[str]) -> int:
         if n_failed or n_missing:
             output.note(
                 f"note: {store.where} has {n_failed} images that failed and {n_missing} not built; they are left out"
+            )
+        if store.zero_maps:
+            output.note(
+                f"note: {store.zero_maps} images of {store.where} have an attribution of 0 everywhere, and so an empty "
+                "top set"
             )
     rows = evaluate(stores, **options, show_progress=output.show_progress).rows
     lines = [line for table in article_tables(rows) for line in (table.text(), "")]

@@ -29,15 +29,18 @@ class Format:
     purpose
         What it is, in a few words.
     write
-        Called as ``write(store, out, progress=progress, **options)``: a finished store's reader, and a path with
-        nothing at it yet, where it makes a file or a folder; it counts the store's images on `progress`.
+        Called as ``write(store, out, progress=progress, **options)``: a finished store's reader, and an empty folder or
+        file that it fills; it counts the store's images on `progress`.
     options
         Names of the options of `export_store` that it takes; it gets those that were given.
+    is_file
+        Whether it fills a file.
     """
 
     purpose: str
     write: Callable[..., None]
     options: frozenset[str] = frozenset()
+    is_file: bool = False
 
 
 def _write_ranks(store: StoreReader, out: Path, *, progress: Progress, compress: Compress | None = None) -> None:
@@ -49,7 +52,7 @@ def _write_ranks(store: StoreReader, out: Path, *, progress: Progress, compress:
 FORMATS = {
     "zarr": Format("a copy of the store", write_copy, frozenset({"compress"})),
     "ranks": Format("a copy without maps and pixels, to share more widely", _write_ranks, frozenset({"compress"})),
-    "hdf5": Format("one HDF5 file", write_hdf5),
+    "hdf5": Format("one HDF5 file", write_hdf5, is_file=True),
     "quantus": Format("a folder of arrays for Quantus's metrics", write_quantus),
     "virelay": Format("a project of ViRelAy's", write_virelay),
 }
@@ -113,7 +116,7 @@ def export_store(
     check_sealed(reader)
     check_finished(reader)
     with (
-        appearing(target) as making,
+        appearing(target, is_file=chosen.is_file) as making,
         Progress(reader.n_images, label=f"export {format}", show=show_progress) as progress,
     ):
         chosen.write(reader, making, progress=progress, **given)

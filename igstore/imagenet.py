@@ -6,11 +6,14 @@ Labels are ImageNet's class indices by wnid, or whatever index a CSV gives; neve
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.resources
 import io
 import os
 import re
+import struct
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +28,11 @@ from PIL import Image
 from igstore.errors import DataNotFoundError, ImageError, UserError
 from igstore.names import as_seen, is_foreign
 from igstore.schema import UNKNOWN_LABEL
+from igstore.storage.reading import open_regular, read_whole
 
 Split = Literal["val", "train"]
+
+_MOST_OF_DEVKIT = 2**26  # bytes, unpacked: ten times what it has
 
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -243,7 +249,7 @@ class _LabelTable:
 def _read_csv(path: Path) -> _LabelTable:
     label_of: dict[str, int] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(open_regular(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
             header = rows.fieldnames or []
             if "file" not in header or not {"wnid", "class_index"} & set(header):
@@ -255,7 +261,9 @@ def _read_csv(path: Path) -> _LabelTable:
                 if not name or name in label_of:
                     raise UserError(f"{where} names {f'{name!r} a second time' if name else 'no file'}")
                 label_of[name] = _parse_label(wnid, index, where)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"the labels CSV {path} cannot be read: {error}") from error
     return _LabelTable(path, label_of, "wnid" in header)
 
@@ -348,13 +356,42 @@ def _read_devkit(devkit: Path) -> list[int]:
     wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
     try:
         if devkit.is_dir():
-            meta, truth = ((devkit / name).read_bytes() for name in wanted)
+            meta, truth = (read_whole(devkit / name, _MOST_OF_DEVKIT) for name in wanted)
         else:
-            with tarfile.open(devkit) as tar:
+            with tarfile.open(fileobj=io.BytesIO(_unzipped(devkit))) as tar:
                 files = (tar.extractfile(f"{DEVKIT}/{name}") for name in wanted)
                 meta, truth = (file.read() for file in files if file is not None)
-        table = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        table = np.atleast_1d(scipy.io.loadmat(io.BytesIO(_decompressed(meta)), squeeze_me=True)["synsets"])
         wnid_of = dict(zip(map(int, table["ILSVRC2012_ID"]), map(str, table["WNID"]), strict=True))
         return [_class_index()[wnid_of[int(line)]] for line in truth.split()]
     except Exception as error:  # on damaged bytes scipy's reader may raise anything
         raise UserError(f"{devkit} is damaged, or not the devkit ({type(error).__name__}: {error})") from error
+
+
+def _unzipped(path: Path) -> bytes:
+    """What a packed tar holds, which may be far more than it has bytes."""
+    with open(open_regular(path), "rb") as file:
+        is_packed = file.peek(2)[:2] == b"\x1f\x8b"
+        content = (gzip.GzipFile(fileobj=file) if is_packed else file).read(_MOST_OF_DEVKIT + 1)
+    if len(content) > _MOST_OF_DEVKIT:
+        raise ValueError(f"unpacked it has more than {_MOST_OF_DEVKIT} bytes")
+    return content
+
+
+def _decompressed(mat: bytes) -> bytes:
+    """A MATLAB file of version 5 without its compression, by which a few bytes may stand for any number of them."""
+    header, compressed = 128, 15
+    order = "<" if mat[126:128] == b"IM" else ">"
+    pieces, place, left = [mat[:header]], header, _MOST_OF_DEVKIT
+    while place < len(mat):
+        kind, n_bytes = struct.unpack_from(f"{order}II", mat, place)
+        after = place + 8 + n_bytes
+        if kind == compressed:
+            pieces.append(zlib.decompressobj().decompress(mat[place + 8 : after], left + 1))
+        else:
+            pieces.append(mat[place:after])
+        left -= len(pieces[-1])
+        if left < 0:
+            raise ValueError(f"decompressed it has more than {_MOST_OF_DEVKIT} bytes")
+        place = after
+    return b"".join(pieces)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import operator
 import os
 import threading
@@ -27,12 +28,12 @@ from PIL import Image, UnidentifiedImageError
 from igstore.errors import IgstoreError, ImageError, UserError
 from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
 from igstore.names import as_seen
-from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice
+from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice, whole_number
 from igstore.storage.reading import access_error, is_of_the_machine
 
 __all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
 
-_MAX_LABEL = np.iinfo(np.int16).max
+_MAX_LABEL = np.iinfo(np.int32).max
 
 _T = TypeVar("_T")
 _warnings_lock = threading.Lock()
@@ -50,18 +51,21 @@ class ImageList:
     ids
         One string an image, all different, sorted by code point.
     labels
-        int16 (image,): the index of the class, -1 where it is unknown. Read-only.
+        int32 (image,): the index of the class, -1 where it is unknown. Read-only.
     fingerprint
         sha256 in hexadecimal over the ids and labels of the whole list; `head` keeps it.
     class_names, wnids
         By class index: a readable name, and the WordNet id. None where they are not known.
+    paths
+        Of images found in a folder or tar: the POSIX path of each, relative to it. None for others.
     """
 
     ids: tuple[str, ...]
-    labels: npt.NDArray[np.int16]
+    labels: npt.NDArray[np.int32]
     fingerprint: str
     class_names: tuple[str, ...] | None
     wnids: tuple[str, ...] | None
+    paths: tuple[str, ...] | None
     _read_from_source: Callable[[int], Image.Image]  # from a position in the source to an image in mode RGB
     _positions: npt.NDArray[np.int64]  # (image,) where each image of the list is in the source
 
@@ -72,11 +76,25 @@ class ImageList:
         labelled = np.count_nonzero(self.labels != UNKNOWN_LABEL)
         return f"<ImageList: {len(self)} images, {labelled} labelled, fingerprint {self.fingerprint[:12]}>"
 
+    @property
+    def given_ids(self) -> tuple[str, ...]:
+        """The ids in the order of the data set or sequence that the list was made from."""
+        return tuple(self.ids[place] for place in np.argsort(self._positions).tolist())
+
     def head(self, n: int) -> ImageList:
-        """The first `n` images, or all where there are fewer, under the same fingerprint."""
-        if n < 1:
-            raise UserError(f"the first {n} images were asked for; it must be at least 1")
-        return dataclasses.replace(self, ids=self.ids[:n], labels=self.labels[:n], _positions=self._positions[:n])
+        """The first `n` images by id, or all where there are fewer, under the same fingerprint."""
+        n = whole_number("limit", n, 1)
+        return dataclasses.replace(
+            self,
+            ids=self.ids[:n],
+            labels=self.labels[:n],
+            paths=self.paths and self.paths[:n],
+            _positions=self._positions[:n],
+        )
+
+    def of_size(self, size: tuple[int, int]) -> ImageList:
+        """The same list, from which images of another (height, width) than `size` cannot be read."""
+        return dataclasses.replace(self, _read_from_source=_OfSize(self._read_from_source, size))
 
     def read(self, index: int) -> Image.Image:
         """Image `index` of the list, decoded, in mode RGB, as torchvision's ``pil_loader`` would return it.
@@ -95,6 +113,23 @@ class ImageList:
         return _attempt(self._read_from_source, int(self._positions[index]))
 
 
+@dataclass(frozen=True, eq=False)
+class _OfSize:
+    """What `read` gives, if it is of a (height, width)."""
+
+    read: Callable[[int], Image.Image]
+    size: tuple[int, int]
+
+    def __call__(self, position: int) -> Image.Image:
+        image = self.read(position)
+        height, width = self.size
+        if image.size != (width, height):
+            raise ImageError(
+                f"is {image.height}x{image.width} pixels, and the others {height}x{width}: give a preprocessing for all"
+            )
+        return image
+
+
 def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
     """What `get` returns. Whatever it raises comes out as `ImageError`, so that one bad image stops nothing.
 
@@ -110,13 +145,13 @@ def _attempt(get: Callable[..., _T], *arguments: Any) -> _T:
                 return get(*arguments)
     except IgstoreError:
         raise
-    except Exception as error:  # Pillow's decoders and users' datasets may raise anything
+    except (Exception, SystemExit) as error:  # Pillow's decoders and users' datasets may raise anything
         if isinstance(error, OSError) and is_of_the_machine(error):  # of every image, none of which is the worse for it
             raise access_error("an image cannot be read", error) from error
         raise ImageError(_reason(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """One short line that is the same in every run (some of Pillow's messages hold a memory address)."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can identify"
@@ -174,6 +209,7 @@ def find_images(
         layout.read,
         class_names=tuple(name for _, name in synsets()) if is_imagenet else None,
         wnids=tuple(wnid for wnid, _ in synsets()) if is_imagenet else None,
+        paths=layout.names,
     )
 
 
@@ -202,8 +238,9 @@ def as_image_list(images: Any) -> ImageList:
     """
     if isinstance(images, ImageList):
         return images
-    sized = hasattr(images, "__len__") and hasattr(images, "__getitem__")
-    if not sized or isinstance(images, str | bytes | Mapping | np.ndarray):
+    # pandas looks items up by their labels, and iterates in another order
+    is_indexed = hasattr(images, "__len__") and hasattr(images, "__getitem__") and not hasattr(images, "iloc")
+    if not is_indexed or isinstance(images, str | bytes | Mapping | np.ndarray):
         raise UserError(
             f"images is {_describe(images)}; it must be a dataset of (image, label), or a sequence of "
             f"(id, image, label or None). find_images(path) reads a folder or tar"
@@ -238,9 +275,11 @@ def _from_dataset(dataset: Any) -> ImageList:
     names = _sample_names(dataset)
     digits = len(str(len(dataset) - 1))
     class_names, wnids = _classes(dataset)
+    labels = _dataset_labels(dataset)
+    _check_order(dataset, labels)
     return _make_list(
         [f"{index:0{digits}d}" for index in range(len(dataset))] if names is None else _ids_from_names(names),
-        _dataset_labels(dataset),
+        labels,
         _Items(dataset, 0),
         class_names=class_names,
         wnids=wnids,
@@ -283,6 +322,21 @@ def _dataset_labels(dataset: Any) -> list[int]:
             label = None
         labels.append(_to_label(label, f"images[{index}]"))
     return labels
+
+
+def _check_order(dataset: Any, labels: Sequence[int]) -> None:
+    """Raise `UserError` where some of a dataset's items have other labels than its ``targets`` say in their places."""
+    for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
+        try:
+            label = _to_label(_attempt(operator.getitem, dataset, index)[1], "")
+        except (ImageError, UserError):  # found again when the image is read; not every dataset gives plain indices
+            continue
+        if label != labels[index]:
+            raise UserError(
+                f"images[{index}] has the label {label}, but images.targets[{index}] is {labels[index]}: the dataset "
+                "changes the order of its items, or their labels, without its targets; give a list of "
+                "(id, image, label) instead"
+            )
 
 
 def _classes(dataset: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
@@ -347,8 +401,9 @@ def _make_list(
     *,
     class_names: tuple[str, ...] | None,
     wnids: tuple[str, ...] | None,
+    paths: Sequence[str] | None = None,
 ) -> ImageList:
-    """Sort by id, check that ids differ, and take the fingerprint. `ids` and `labels` are in the source's order."""
+    """Sort by id, check that ids differ, and take the fingerprint. Everything given is in the source's order."""
     ids = [as_seen(one) for one in ids]
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
     sorted_ids = tuple(ids[position] for position in order)
@@ -358,12 +413,21 @@ def _make_list(
     too_far = next((label for label in labels if not UNKNOWN_LABEL <= label <= _MAX_LABEL), None)
     if too_far is not None:
         raise UserError(f"a label is {too_far}; labels are class indices from 0 to {_MAX_LABEL}, or None where unknown")
-    sorted_labels = np.array(labels, dtype=np.int16)[order]
+    sorted_labels = np.array(labels, dtype=np.int32)[order]
     sorted_labels.flags.writeable = False
-    return ImageList(sorted_ids, sorted_labels, fingerprint(sorted_ids, sorted_labels), class_names, wnids, read, order)
+    return ImageList(
+        ids=sorted_ids,
+        labels=sorted_labels,
+        fingerprint=fingerprint(sorted_ids, sorted_labels),
+        class_names=class_names,
+        wnids=wnids,
+        paths=None if paths is None else tuple(paths[position] for position in order),
+        _read_from_source=read,
+        _positions=order,
+    )
 
 
-def fingerprint(ids: Sequence[str], labels: npt.NDArray[np.int16]) -> str:
+def fingerprint(ids: Sequence[str], labels: npt.NDArray[np.int32]) -> str:
     """The fingerprint of a whole list: sha256 in hexadecimal over its sorted ids and their labels.
 
     Raises
@@ -403,17 +467,25 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.
         The image is so long and narrow that its resized form exceeds Pillow's own limit of size.
     """
     image = image if image.mode == "RGB" else image.convert("RGB")
+    size = resized_size(image.size, preprocessing.resize)
     if preprocessing.resize is not None:
-        short, long = min(image.size), max(image.size)
-        resized = int(preprocessing.resize * long / short)  # rounded as torchvision does
-        if Image.MAX_IMAGE_PIXELS and preprocessing.resize * resized > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ImageError(f"too long and narrow: {long} x {short} pixels, {resized} long when resized")
-        size = (resized, preprocessing.resize) if image.width > image.height else (preprocessing.resize, resized)
+        if Image.MAX_IMAGE_PIXELS and math.prod(size) > 2 * Image.MAX_IMAGE_PIXELS:
+            long, short = max(image.size), min(image.size)
+            raise ImageError(f"too long and narrow: {long} x {short} pixels, {max(size)} long when resized")
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     height, width = preprocessing.crop
     top, left = _crop_start(image.height, height), _crop_start(image.width, width)
     cropped = image.crop((left, top, left + width, top + height))  # zeros outside the image
     return np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))  # (channel, y, x)
+
+
+def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
+    """The (width, height) of an image whose shorter side has been brought to `resize`; None leaves it as it is."""
+    if resize is None:
+        return size
+    width, height = size
+    longer = int(resize * max(size) / min(size))  # rounded as torchvision does
+    return (longer, resize) if width > height else (resize, longer)
 
 
 def _crop_start(length: int, crop: int) -> int:

@@ -11,15 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
 from igstore.building.given_maps import GivenMaps, read_ids
 from igstore.building.parts import Part
 from igstore.errors import UserError
-from igstore.images import Split
-from igstore.info import StoreInfo, describe, store_info
-from igstore.schema import IMPORTED, Baseline, Interpolation, Output, Preprocessing, Reduce, Target
+from igstore.images import ImageList, Split, find_images
+from igstore.info import StoreInfo, describe, next_command, store_info
+from igstore.schema import IMAGE, IMPORTED, Baseline, Interpolation, Output, Preprocessing, Reduce, Target
+from igstore.wording import option
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def import_maps(
-    maps: str | os.PathLike[str] | NDArray[Any],
+    maps: str | os.PathLike[str] | NDArray[Any] | torch.Tensor,
     model: str | Classifier | torch.nn.Module,
     images: Any,
     store: str | os.PathLike[str],
@@ -63,23 +65,24 @@ def import_maps(
     Parameters
     ----------
     maps
-        A ``.npy`` file, which is never whole in memory, or an array: float16, float32 or float64, (image, y, x) or
-        (image, channel, y, x), one map for each image, of the size of the model's input.
+        A ``.npy`` file, which is never whole in memory, or an array or tensor: float16, float32 or float64, (image, y,
+        x) or (image, channel, y, x), one map for each image, of the size of the model's input.
     model
         The model that the maps explain, as `build_store`.
     images, store
-        As `build_store`. The maps are in the order in which igstore lists the images, which is that of their ids,
-        unless `ids` is given.
+        As `build_store`. Map i is of ``images[i]``. Of a path, where nothing says which image is the i-th, the maps are
+        in the order of the image ids; where that is not the order of the files' paths too, `ids` must be given.
     made_by
         What made the maps, in words for whoever opens the store: ``"captum 0.8 Saliency"``.
     ids
-        The ids of the images in the order of the maps.
+        The ids of the images in the order of the maps, where that is not the order of `images`. An xarray DataArray
+        of maps says them itself, if it has the coordinate ``image``, as `open_store`'s have.
     target
         Which class the maps explain: the model's own prediction, or the label.
     reduce
         How channels become one map, as in `build_store`; maps without channels count as having one.
     limit
-        The maps are of the first so many images only.
+        The maps are of the first so many images by id only.
     weights, preprocessing, split, labels, baseline, output, pixels, shard_size, seed
         As `build_store`.
     device, workers, rank, overwrite, show_progress
@@ -109,27 +112,33 @@ def import_maps(
     """
     from igstore.building.builder import run_build
     from igstore.building.devices import find_device
+    from igstore.building.hiring import check_sizes
     from igstore.building.importer import Importer
     from igstore.building.plan import chosen_classifier, listed_images, plan_build
     from igstore.building.worker import Worker
 
     if not made_by.strip():
         raise UserError("made_by is empty; say what made the maps, such as 'captum 0.8 Saliency'")
+    check_sizes(batch_size, workers)
     listed = listed_images(images, split=split, labels=labels)
-    listed = listed if limit is None else listed.head(limit)
-    given = GivenMaps(maps, listed.ids, ids)
-    classifier = chosen_classifier(model, weights, preprocessing, listed)
+    if ids is None and IMAGE in getattr(maps, "coords", ()):
+        ids = maps.coords[IMAGE].values  # type: ignore[union-attr]
+    chosen = listed if limit is None else listed.head(limit)
+    order = order_of_maps(images, listed, ids=ids, limit=len(chosen))
+    given = GivenMaps(maps, chosen.ids, order)
+    classifier, chosen = chosen_classifier(model, weights, preprocessing, chosen)
     _check_fits(given, classifier, reduce)
     on = find_device(device)
     build = plan_build(
         classifier,
-        listed,
+        chosen,
         store,
         weights=None,
         preprocessing=None,
         split=split,
         labels=None,
         limit=None,
+        overwrite=overwrite,
         settings={
             "baseline": baseline,
             "target": target,
@@ -148,6 +157,56 @@ def import_maps(
     hire = partial(Worker, device=on, batch_size=batch_size, workers=workers, attributor=importer)
     run_build(build, hire, part=Part(), scheduler=None, rank=rank, overwrite=overwrite, show_progress=show_progress)
     return store_info(build.path)
+
+
+def order_of_maps(images: Any, listed: ImageList, *, ids: Sequence[str] | None, limit: int | None) -> list[str]:
+    """The ids of the images in the order in which a user has made maps of them.
+
+    Parameters
+    ----------
+    images, ids, limit
+        As `import_maps`.
+    listed
+        All images that `images` stands for.
+
+    Raises
+    ------
+    UserError
+        `ids` are no list of ids, or nothing says what the order is.
+    """
+    if ids is not None:
+        order = np.asarray(ids, dtype=object).tolist()  # of a list, or a column of a table
+        if not isinstance(order, list) or not all(isinstance(one, str) for one in order):
+            raise UserError(f"ids is {ids!r:.80}; it must be a list of the images' ids, such as {listed.ids[0]!r}")
+        return order
+    by_id = listed.ids[:limit]
+    if isinstance(images, ImageList):
+        return list(by_id)
+    if listed.paths is not None:
+        _check_one_order(listed.paths)
+        return list(by_id)
+    as_given = listed.given_ids[:limit]
+    if set(as_given) != set(by_id):
+        raise UserError(
+            f"{option('limit')} is {limit}, which means the first images by id, and those are not the first ones of "
+            f"{option('images')}; give those alone that the maps are of, without a limit"
+        )
+    return list(as_given)
+
+
+def _check_one_order(paths: Sequence[str]) -> None:
+    """Raise `UserError` unless files, in the order of their ids, are in the order of their paths, however it is made.
+
+    Whole paths sort in another way than folder by folder, as data sets of folders list them.
+    """
+    by_folder = sorted(paths, key=lambda path: path.split("/"))
+    for one, *others in zip(paths, sorted(paths), by_folder, strict=True):
+        other = next((other for other in others if other != one), None)
+        if other is not None:
+            raise UserError(
+                f"which image is a map of? By id {one} comes before {other}, and by path after it: give "
+                f"{option('ids')}, the images' ids in the order of the maps"
+            )
 
 
 def _check_fits(maps: GivenMaps, classifier: Classifier, reduce: Reduce) -> None:
@@ -173,7 +232,10 @@ def parser() -> cli.Parser:
     what.add_argument("--made-by", required=True, metavar="TEXT", help="what made them, such as 'captum 0.8 Saliency'")
     what.add_argument("--images", required=True, metavar="PATH", help="the images, as igstore build takes --data")
     what.add_argument(
-        "--ids", metavar="FILE", help="the images' ids in the order of the maps, one a line (default: sorted)"
+        "--ids",
+        metavar="FILE",
+        help="the images' ids in the order of the maps, one a line; needed where the order of the ids, which is the "
+        "default, is not that of the files' paths",
     )
     what.add_argument(
         "--model", required=True, metavar="NAME", help="the model that they explain, as igstore build takes it"
@@ -218,21 +280,24 @@ def main(argv: Sequence[str]) -> int:
     """``igstore import MAPS.npy --made-by TEXT --images PATH --model NAME ...``."""
     parsed, output = parser().parse(argv)
     options = vars(parsed)
+    images, ids, maps, store = (options.pop(name) for name in ("images", "ids", "maps", "store"))
+    listed = find_images(images, split=options.pop("split"), labels=options.pop("labels"))
+    order = order_of_maps(images, listed, ids=None if ids is None else read_ids(ids), limit=options["limit"])
+    if ids is None:
+        output.note(f"maps in the order of the image ids: the first is of {order[0]}, the last of {order[-1]}")
     from igstore.models import load_classifier
 
     preprocessing = {name: options.pop(name) for name in ("resize", "crop", "interpolation", "mean", "std")}
-    ids, maps, store = options.pop("ids"), Path(options.pop("maps")), options.pop("store")
-    model = load_classifier(options.pop("model"), options.pop("weights"), **preprocessing)
     info = import_maps(
         maps,
-        model,
-        options.pop("images"),
-        store or maps.with_suffix(".zarr").name,
-        ids=None if ids is None else read_ids(ids),
+        load_classifier(options.pop("model"), options.pop("weights"), **preprocessing),
+        listed,
+        store or Path(maps).with_suffix(".zarr").name,
+        ids=order,
         **options,
         show_progress=output.show_progress,
     )
-    output.summary(info, [*describe(info), f"next         igstore evaluate {info.path}"])
+    output.summary(info, [*describe(info), next_command(info)])
     return cli.SOME_IMAGES_FAILED if info.failed else cli.DONE
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL
+from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL, names_code
 from igstore.storage.reader import StoreReader
 
 _FEW = 10  # names listed before "and so on"
@@ -37,6 +37,10 @@ class StoreInfo:
         shards, whose records count such images.
     completeness_median, completeness_p90, within_5_percent
         Of the built images' completeness errors: median, 90th percentile, and percent of images at 0.05 or below.
+    n_zero_maps
+        Built images whose map is 0 everywhere, so that there is nothing to rank; None where older stores do not say it.
+    n_same_output
+        Built images whose target has the same output as on the baseline, so that the map should sum to 0.
     n_steps_mean, evaluations
         Gradient evaluations an image, on average, and in all.
     n_bytes
@@ -65,6 +69,8 @@ class StoreInfo:
     completeness_median: float | None
     completeness_p90: float | None
     within_5_percent: float | None
+    n_zero_maps: int | None
+    n_same_output: int
     n_steps_mean: float | None
     evaluations: int
     n_bytes: int
@@ -126,6 +132,8 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
         completeness_median=float(np.median(errors)) if len(errors) else None,
         completeness_p90=float(np.quantile(errors, 0.9, method="higher")) if len(errors) else None,
         within_5_percent=_percent(errors <= 0.05),
+        n_zero_maps=store.zero_maps,
+        n_same_output=int((store.scalars("output") == store.scalars("baseline_output"))[built].sum()),
         n_steps_mean=float(store.scalars("n_steps")[built].mean()) if built.any() else None,
         evaluations=sum(record.get("evaluations", 0) for record in records),
         n_bytes=sum(file["bytes"] for record in [*records, *ranked] for file in record["files"].values()),
@@ -162,11 +170,18 @@ def describe(info: StoreInfo) -> list[str]:
     if info.top1 is not None:
         top5 = "not known" if info.top5 is None else f"{info.top5:.2f}%"
         lines.append(f"unmasked     top-1 {info.top1:.2f}%, top-5 {top5} of {info.n_labelled} labelled images")
-    if info.completeness_median is not None:
+    if info.completeness_median is not None and settings["method"] == IMPORTED:
+        lines.append(
+            f"completeness not scored: it is for {settings['maps_by']} to say whether a map should sum to f(x) - f(b) "
+            f"(sums miss it by {info.completeness_median:.3f} of it, the median)"
+        )
+    elif info.completeness_median is not None:
         lines.append(
             f"completeness median error {info.completeness_median:.3f}, 90% below {info.completeness_p90:.3f}; "
             f"{info.within_5_percent:.1f}% of images within 5%"
         )
+    if info.completeness_median is not None:
+        lines += _degenerate(info)
         lines.append(
             f"work         {info.evaluations} gradient evaluations, {info.n_steps_mean:.1f} an image, "
             f"{cli.duration(info.wall_seconds)} on {', '.join(info.devices)}"
@@ -183,6 +198,29 @@ def describe(info: StoreInfo) -> list[str]:
     lines.append(f"rankings     {', '.join(ranked) or 'none'}")
     lines += _listed("missing     ", [f"shard {shard}" for shard in info.missing_shards])
     lines += _listed("failed      ", [f"{image}: {reason}" for image, reason in info.failed.items()])
+    return lines
+
+
+def next_command(info: StoreInfo) -> str:
+    """What to type once a store is complete, as a line for people."""
+    model = info.settings["model"]
+    named = f" --models {model}" if names_code(model) else ""
+    return f"next         igstore evaluate {info.path}{named}"
+
+
+def _degenerate(info: StoreInfo) -> list[str]:
+    """What makes figures look better than the maps are."""
+    lines = []
+    if info.n_zero_maps:
+        lines.append(
+            f"zero maps    {info.n_zero_maps} of {info.n_built} images have an attribution of 0 everywhere: nothing to "
+            "rank or mask, and the gradient says nothing"
+        )
+    if info.n_same_output:
+        lines.append(
+            f"same output  {info.n_same_output} of {info.n_built} images have the output of their baseline, so that a "
+            "completeness error of 0 says nothing"
+        )
     return lines
 
 

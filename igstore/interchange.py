@@ -26,6 +26,7 @@ from igstore.storage.reader import StoreReader
 _CHANNELS = 3
 _BATCH = 32  # images at a time, besides a shard
 _NO_CLASS = "not known"
+_MOST_CLASSES = np.iinfo(np.uint16).max  # and one more for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
     store
         As `igstore.storage.copies.check_finished` wants it.
     path
-        The folder; nothing must be there.
+        The folder, empty.
     progress
         Counts the images.
 
@@ -107,7 +108,6 @@ def write_quantus(store: StoreReader, path: Path, *, progress: Progress) -> None
         A shard is not what its record says.
     """
     built = _built(store)
-    path.mkdir()
     size, n_channels = store.spec.preprocessing.crop, _CHANNELS if store.spec.reduce == "none" else 1
     table = normalised_values(store.spec.preprocessing)
     with (
@@ -160,23 +160,25 @@ def write_virelay(store: StoreReader, path: Path, *, progress: Progress) -> None
     store
         As `igstore.storage.copies.check_finished` wants it.
     path
-        The folder; nothing must be there.
+        The folder, empty.
     progress
         Counts the images.
 
     Raises
     ------
     UserError
-        h5py is not installed, the store has no maps or no pixels, or no image is built.
+        h5py is not installed, the store has no maps or no pixels, no image is built, or a class index is too large.
     DamagedStoreError
         A shard is not what its record says.
     """
     built = _built(store)
     labels, targets, predictions = (store.scalars(name)[built] for name in ("label", "target", "prediction"))
-    classes = _label_map(store, int(max(labels.max(), targets.max(), predictions.max())))
+    largest = int(max(labels.max(), targets.max(), predictions.max()))
+    if largest >= _MOST_CLASSES:
+        raise UserError(f"{store.where} has a class {largest}; ViRelAy's go up to {_MOST_CLASSES - 1}")
+    classes = _label_map(store, largest)
     unknown = len(classes) - 1
     shape = (len(built), _CHANNELS, *store.spec.preprocessing.crop)
-    path.mkdir()
     with (
         new_file(path / "input.h5") as (inputs, check_inputs),
         new_file(path / "attribution.h5") as (attributions, check_attributions),

@@ -6,10 +6,10 @@ the store.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ from igstore.blocks import DEFAULT_BLOCK, block_grid, check_block, expand
 from igstore.errors import StoreNotFoundError, UserError
 from igstore.masks import FILLS, Bools, FillContext, Pixels, Ranks, Shares
 from igstore.pixels import PixelSource, find_pixels, open_pixels
-from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
+from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, Select, whole_number
 from igstore.storage import layout
 from igstore.storage.reader import RankingReader, StoreReader
 
 Images = NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class MaskOptions:
         object.__setattr__(self, "p", masks.check_p(self.p))
         object.__setattr__(self, "block", check_block(self.block))
         masks.check_options(keep=self.keep, select=self.select, fill=self.fill, order=self.order)
-        object.__setattr__(self, "seed", _check_seed(self.seed))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, -(2**63), 2**63 - 1))
         layout.ranking_name(self.score, self.block)
 
     @property
@@ -95,10 +97,22 @@ class MaskOptions:
         return ", ".join(parts)
 
 
-def _check_seed(seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise UserError(f"seed is {seed!r}; it must be an integer")
-    return int(seed)
+def warn_of_fractions(*cells: MaskOptions) -> None:
+    """Say what p below 1 means, which is rarely what whoever gave it meant."""
+    few = [f"{p:g}" for p in dict.fromkeys(cell.p for cell in cells) if 0 < p < 1]
+    if few:
+        logger.warning(
+            "p is a percentage, from 0 to 100, so %s is less than one percent; one half is 50", ", ".join(few)
+        )
+
+
+def _names(where: Any) -> list[Any] | None:
+    """What an array calls its values: an xarray coordinate, a pandas index that is more than numbers in order."""
+    if IMAGE in getattr(where, "coords", ()):
+        return list(np.atleast_1d(where.coords[IMAGE].values).tolist())
+    if hasattr(where, "iloc") and not np.array_equal(where.index, np.arange(len(where))):
+        return list(where.index)
+    return None
 
 
 class MaskedImages:
@@ -161,20 +175,38 @@ class MaskedImages:
     def select(self, where: ArrayLike | None) -> Images:
         """int64: the built images where `where`, bool (image,) over all images of the store, is true; None is all.
 
+        What names its images, as xarray's arrays and pandas' columns may, is taken by their ids, in any order.
+
         Raises
         ------
         UserError
-            `where` is of another dtype or length.
+            `where` is of another dtype or length, or of other images.
         """
         if where is None:
             return self.built
-        chosen = np.asarray(where)
+        names = _names(where)
+        chosen = np.asarray(where) if names is None else self._by_id(np.asarray(where), names)
         if chosen.dtype != np.bool_ or chosen.shape != (self.reader.n_images,):
             raise UserError(
                 f"where is {chosen.dtype} of shape {chosen.shape}; it must be bool of shape ({self.reader.n_images},): "
                 f"one value for each image of {self.where}, built or not"
             )
         return np.flatnonzero(chosen & (self.reader.status == BUILT))
+
+    def _by_id(self, values: NDArray[Any], names: list[Any]) -> NDArray[Any]:
+        """Values of named images in the order of the store, False for those that are not named and not built."""
+        number = {image_id: image for image, image_id in enumerate(self.reader.image_ids)}
+        missing = set(number) - set(names)
+        strange = [name for name in names if name not in number]
+        if strange or len(set(names)) < len(names) or any(self.reader.status[number[one]] == BUILT for one in missing):
+            what = f"{strange[0]!r}, which {self.where} does not have" if strange else "not each of its images once"
+            raise UserError(
+                f"where names {what}; its names must be the store's image ids, such as {self.reader.image_ids[0]!r}, "
+                "or give a plain array, in the order of the store"
+            )
+        in_order = np.zeros(len(number), values.dtype)
+        in_order[[number[name] for name in names]] = values
+        return in_order
 
     def check(self, *cells: MaskOptions) -> None:
         """Raise `StoreNotFoundError`, naming the command to run, unless every built image has the ranks they need."""

@@ -30,7 +30,7 @@ from igstore.storage.appearing import appearing
 from igstore.storage.copies import check_sealed, own_fields
 from igstore.storage.integrity import check_shards
 from igstore.storage.reader import Sharded, StoreReader
-from igstore.storage.store import create_ranking, create_store, finish_store, write_rank_shard, write_shard
+from igstore.storage.store import create_ranking, finish_store, lay_out_store, write_rank_shard, write_shard
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.int64]
@@ -162,7 +162,8 @@ class _Merge:
     @cached_property
     def spec(self) -> BuildSpec:
         """What the merged store is made with."""
-        spec = self.parts[0].spec
+        newest = max(part.spec.format_version for part in self.parts)
+        spec = dataclasses.replace(self.parts[0].spec, format_version=newest)
         if len({part.spec.images_fingerprint for part in self.parts}) == 1:
             return spec  # parts of one list, which they may not have all of
         return dataclasses.replace(spec, images_fingerprint=fingerprint(self.ids, self.labels))
@@ -180,7 +181,7 @@ class _Merge:
         """Write the merged store, one shard in memory at a time."""
         total = sum(len(self.owner[self.images(shard)]) for shard in self.shards)
         with Progress(total, label="merge", show=show_progress) as progress:
-            create_store(path, self.spec, image_ids=self.ids, labels=self.labels, attributes=self._attributes())
+            lay_out_store(path, self.spec, image_ids=self.ids, labels=self.labels, attributes=self._attributes())
             for name in self.rankings:
                 score, block = self.parts[0].ranking(name).score, self.parts[0].ranking(name).block
                 create_ranking(path, name, block=block, attributes=ranking_attributes(self.spec, score, block))
@@ -189,17 +190,19 @@ class _Merge:
             for shard in self.shards:
                 arrays = self._gathered(self.parts, shard)
                 self._check_agreement(shard, arrays)
+                images = self.images(shard)
+                arrays |= layout.listed(self.spec, self.ids[images], self.labels[images])
                 record = write_shard(path, self.spec, len(self.ids), shard, arrays, self._record(shard))
                 tie = {"attribution_sha256": merged.attribution_sha256(record)}
                 for name, groups in rankings.items():
                     fields = {**self._common_record(groups, shard), **tie}
-                    write_rank_shard(path, name, self.spec, len(self.ids), shard, self._gathered(groups, shard), fields)
+                    write_rank_shard(path, name, shard, self._gathered(groups, shard), fields)
                 progress.advance(len(arrays["status"]))
             if len(self.shards) == self.n_shards:
                 finish_store(path, {"complete": True})
 
-    def _merged_labels(self) -> NDArray[np.int16]:
-        labels = np.zeros(len(self.ids), np.int16)
+    def _merged_labels(self) -> NDArray[np.int32]:
+        labels = np.zeros(len(self.ids), np.int32)
         given = np.full(len(self.ids), _NOWHERE)  # the part that said it
         for number, (part, places) in enumerate(zip(self.parts, self.places, strict=True)):
             listed = np.flatnonzero(places != _NOWHERE)
@@ -229,7 +232,8 @@ class _Merge:
         images = self.images(shard)
         owner = self.owner[images]
         arrays = {}
-        for name, variable in groups[0].variables.items():
+        variables = layout.variables(self.spec) if groups is self.parts else groups[0].variables
+        for name, variable in variables.items():
             if name in layout.LISTED:
                 continue
             inner = [groups[0].sizes[dim] for dim in variable.dims[1:]]
@@ -348,7 +352,8 @@ def _check_whole(part: StoreReader) -> None:
 
 def _check_settings(first: StoreReader, part: StoreReader) -> None:
     """Raise `SettingsMismatchError` unless two parts differ in their images alone."""
-    same_images = dataclasses.replace(part.spec, images_fingerprint=first.spec.images_fingerprint)
+    of_first = {name: getattr(first.spec, name) for name in ("images_fingerprint", "format_version")}
+    same_images = dataclasses.replace(part.spec, **of_first)
     differences = [*first.spec.differences(same_images)]
     for name in _CLASS_LISTS:
         one, other = first.attributes.get(name), part.attributes.get(name)

@@ -2,6 +2,10 @@
 
 A name belongs to the first of the *sources* below that knows it. To add a source, write one function there and
 register it with the form of its names.
+
+Names that a user types may name code, and files: `load_classifier`. Names that a store records may not, since a store
+may come from anywhere: `recorded_classifier` looks them up among the sources that are fixed, and nothing else in
+igstore loads what a store names.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +31,10 @@ import torchvision.models
 from torch import nn
 
 from igstore.engine.weights import first_line, load_weights, state_sha256, torch_checkpoint
-from igstore.errors import ModelError, UserError, WeightsNotFoundError
+from igstore.errors import ModelError, SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
-from igstore.schema import Interpolation, Preprocessing
+from igstore.schema import BuildSpec, Interpolation, Preprocessing, check_resize, names_code
+from igstore.wording import option
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")
@@ -88,7 +93,7 @@ def load_classifier(
     Raises
     ------
     UserError
-        Nothing is known by that name, or the weights do not fit it.
+        Nothing is known by that name, the weights do not fit it, or `resize` is smaller than `crop`.
     WeightsNotFoundError
         The weights are neither on this machine nor to be downloaded.
 
@@ -96,12 +101,8 @@ def load_classifier(
     >>> found.preprocessing.resize, found.preprocessing.crop
     (256, (224, 224))
     """
-    wanted = None if weights is None else os.fspath(weights)
-    found = (source(name, wanted) for _, source in _SOURCES)
-    classifier = next((classifier for classifier in found if classifier is not None), None)
-    if classifier is None:
-        hint = _did_you_mean(name, [*torchvision_names(), *_LITE])
-        raise UserError(f"no model is called {name!r}{hint}; it must be {_any_of([form for form, _ in _SOURCES])}")
+    check_resize(resize, crop)
+    classifier = _found(name, None if weights is None else os.fspath(weights), _SOURCES)
     given = {
         "resize": resize,
         "crop": (crop, crop) if isinstance(crop, int) else crop,
@@ -110,7 +111,70 @@ def load_classifier(
         "std": std,
     }
     changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-    return dataclasses.replace(classifier, preprocessing=dataclasses.replace(classifier.preprocessing, **changes))
+    changed = dataclasses.replace(classifier.preprocessing, **changes)
+    if {"resize", "crop"} & changes.keys():
+        check_resize(changed.resize, changed.crop)
+    return dataclasses.replace(classifier, preprocessing=changed)
+
+
+def recorded_classifier(
+    spec: BuildSpec,
+    where: str,
+    *,
+    parameter: str,
+    model: str | Classifier | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> Classifier:
+    """The classifier that made a store, with the preprocessing that it was made with.
+
+    What the store records is looked up among torchvision's, timm's and the built-in models and their weights. Code of
+    somebody's own, ``package.module:function``, and files of weights are used only where the user names them.
+
+    Parameters
+    ----------
+    spec, where
+        What the store was made with, and its path or URL.
+    parameter
+        What a user names a model by, for messages.
+    model, weights
+        What the user has given, as `load_classifier` takes it, or a `Classifier`; None is what the store records.
+
+    Raises
+    ------
+    UserError
+        It is not known here by that name, or only the user can name it.
+    SettingsMismatchError
+        What is found has other weights than those that made the store.
+    """
+    what = f"{where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
+    remedy = f"give {option('weights')} for it, or name a model yourself: {option(parameter)}"
+    if model is None and names_code(spec.model):
+        raise UserError(
+            f"{what}, which is code of somebody's own, and no store chooses code that is run here; if you know and "
+            f"trust that code, name it yourself: {option(parameter, spec.model)}"
+        )
+    try:
+        if weights is None and _is_word(spec.model, spec.weights):
+            weights = spec.weights
+        if isinstance(model, Classifier):
+            found = model
+        elif model is not None:
+            found = load_classifier(model, weights)
+        else:
+            found = _found(spec.model, None if weights is None else os.fspath(weights), _FIXED)
+    except UserError as error:
+        raise UserError(f"{what}, which cannot be loaded: {error}; {remedy}") from error
+    if found.weights_sha256 != spec.weights_sha256:
+        raise SettingsMismatchError(
+            f"{what}, but the weights found are {found.weights} (sha256 {found.weights_sha256[:12]}); {remedy}"
+        )
+    return dataclasses.replace(found, preprocessing=spec.preprocessing)
+
+
+def fitted(classifier: Classifier, spec: BuildSpec) -> Classifier:
+    """A classifier that was loaded by name, with a store's preprocessing where it is the one that made the store."""
+    is_own = (classifier.name, classifier.weights_sha256) == (spec.model, spec.weights_sha256)
+    return dataclasses.replace(classifier, preprocessing=spec.preprocessing) if is_own else classifier
 
 
 def classifier_from_module(
@@ -133,7 +197,7 @@ def classifier_from_module(
     Raises
     ------
     UserError
-        It is not a `torch.nn.Module`.
+        It is not a `torch.nn.Module`, or the preprocessing gives images black margins.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     >>> found = classifier_from_module(network, preprocessing=Preprocessing(resize=None, crop=(8, 8)), name="line")
@@ -142,6 +206,7 @@ def classifier_from_module(
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
+    check_resize(preprocessing.resize, preprocessing.crop)
     kind = type(network)
     return _classifier(
         name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN
@@ -156,17 +221,43 @@ def torchvision_names() -> list[str]:
 # --- Sources of models: each takes (name, weights), and returns None where the name is not one of its own.
 
 _Source = Callable[[str, str | None], Classifier | None]
-_SOURCES: list[tuple[str, _Source]] = []
+_SOURCES: dict[str, _Source] = {}  # by the form of their names
+_FIXED: dict[str, _Source] = {}  # those whose names stand for nothing but what came with them
 
 
-def _source(form: str) -> Callable[[_Source], _Source]:
-    """Register a source; `form` tells a user what its names look like."""
+def _source(form: str, *, fixed: bool = True) -> Callable[[_Source], _Source]:
+    """Register a source.
+
+    Parameters
+    ----------
+    form
+        What its names look like, for people.
+    fixed
+        Whether it knows its models by itself, so that a name from a stranger can choose among them.
+    """
 
     def register(source: _Source) -> _Source:
-        _SOURCES.append((form, source))
+        _SOURCES[form] = source
+        if fixed:
+            _FIXED[form] = source
         return source
 
     return register
+
+
+def _found(name: str, weights: str | None, sources: Mapping[str, _Source]) -> Classifier:
+    """What the first of the sources that knows the name makes of it."""
+    classifier = next((found for source in sources.values() if (found := source(name, weights)) is not None), None)
+    if classifier is None:
+        hint = _did_you_mean(name, [*torchvision_names(), *_LITE])
+        raise UserError(f"no model is called {name!r}{hint}; it must be {_any_of(list(sources))}")
+    return classifier
+
+
+def _is_word(model: str, weights: str) -> bool:
+    """Whether that stands for weights of the model by itself, rather than for a file or for what the model brings."""
+    named = torchvision.models.get_model_weights(model).__members__ if model in torchvision_names() else ()
+    return weights in named or _RANDOM.fullmatch(weights) is not None
 
 
 @_source("a torchvision classifier such as resnet50")
@@ -278,21 +369,22 @@ def _timm(name: str, weights: str | None) -> Classifier | None:
     return _classifier(name, network, preprocessing, entry.tag or "pretrained")
 
 
-@_source("package.module:function")
+@_source("package.module:function", fixed=False)
 def _function(name: str, weights: str | None) -> Classifier | None:
     """A lab's own: the function takes no arguments and returns a network, or a `Classifier` to say its preprocessing.
 
     The current directory is searched first, as with ``python -m``. A bare network gets torchvision's usual
     preprocessing: resize 256, crop 224, bilinear, ImageNet's mean and std. The function runs under a fixed seed.
     """
-    if not re.fullmatch(r"[^\W\d][\w.]*:\w+", name):
+    if not names_code(name):
         return None
     module_name, function_name = name.split(":")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        with _no_exit(name):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and imports something that is not
@@ -305,7 +397,7 @@ def _function(name: str, weights: str | None) -> Classifier | None:
         inspect.signature(function).bind()
     except TypeError as error:
         raise UserError(f"{name} is called without arguments, but: {error}") from None
-    with _seeded(0):
+    with _seeded(0), _no_exit(name):
         made = function()
     if isinstance(made, nn.Module):
         made = classifier_from_module(made, preprocessing=Preprocessing(resize=256, crop=(224, 224)))
@@ -362,6 +454,15 @@ def _timm_for(name: str) -> Any:
         return importlib.import_module("timm")
     except ModuleNotFoundError:
         raise UserError(f"{name} needs timm: pip install 'igstore[timm]'") from None
+
+
+@contextmanager
+def _no_exit(name: str) -> Iterator[None]:
+    """A user's code does not end igstore as if all were done."""
+    try:
+        yield
+    except SystemExit as error:
+        raise UserError(f"{name} called sys.exit({error.code!r}); it must return a network") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import nn
 
 from igstore.attribution import numerics
 from igstore.batches import MaskedBatch, MaskedBatches
+from igstore.binary import with_classes
 from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
 from igstore.masking import MaskOptions
@@ -79,7 +80,8 @@ def target_probabilities(
     targets = store.scalars("target")
     found = []
     with numerics("float32", device), Progress(len(shown), label=label, show=show_progress) as progress:
-        network = accelerate(classifier.network, torch.zeros(1, 3, *classifier.preprocessing.crop).to(device))
+        whole = with_classes(classifier, "probability").network
+        network = accelerate(whole, torch.zeros(1, 3, *classifier.preprocessing.crop).to(device))
         for batch in batches:
             found.append(_of_batch(batch, targets[batch.images], classifier, network, cells))
             progress.advance(len(batch))
@@ -88,7 +90,7 @@ def target_probabilities(
 
 def _of_batch(
     batch: MaskedBatch,
-    targets: NDArray[np.int16],
+    targets: NDArray[np.int32],
     classifier: Classifier,
     network: nn.Module,
     cells: Sequence[MaskOptions],

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import UserError
-from igstore.schema import check_choice
+from igstore.schema import check_choice, whole_number
 
 Nodes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -81,6 +81,4 @@ def rule(method: str, n_steps: int) -> Nodes:
     (array([0.25, 0.5 , 0.75, 1.  ]), array([0.25, 0.25, 0.25, 0.25]))
     """
     check_choice("method", method, METHODS)
-    if n_steps < 1:
-        raise UserError(f"n_steps is {n_steps}; it must be at least 1")
-    return METHODS[method](n_steps)
+    return METHODS[method](whole_number("n_steps", n_steps, 1))

@@ -20,9 +20,10 @@ from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
 from igstore.progress import Progress
 from igstore.schema import BuildSpec, Score
-from igstore.storage import layout
+from igstore.storage import layout, staging
+from igstore.storage.files import Folder
 from igstore.storage.integrity import withdraw_damaged
-from igstore.storage.presence import at_work
+from igstore.storage.presence import at_work, hold
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import create_ranking, write_rank_shard
 
@@ -104,7 +105,7 @@ def rank_store(
     unchanged = sum(sizes.values()) - ranked
     with _client(scheduler) as client:
         attributes = ranking_attributes(reader.spec, score, block)
-        if shards:
+        if shards or staging.leftovers(reader.root):
             with (
                 at_work(reader.root) as presence,
                 Progress(ranked + unchanged, done=unchanged, label=name, show=show_progress) as progress,
@@ -134,6 +135,16 @@ def ranking_attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any
 
 def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> int:
     """Rank one shard, from its maps to its record; returns how many images. Doing it twice is harmless."""
+    with hold(Path(root)) as folder:
+        while True:
+            n_images, is_written = _rank_held(folder, name, shard, score=score, block=block)
+            if is_written:
+                return n_images
+
+
+def _rank_held(folder: Folder, name: str, shard: int, *, score: str, block: int) -> tuple[int, bool]:
+    """How many images a shard has, and whether the maps that were ranked are still those of the store."""
+    root = folder.path
     store = StoreReader(root)
     # Read before the maps: should they be replaced meanwhile, the ranks are known to be of the old ones.
     record = store.record(shard)
@@ -152,8 +163,8 @@ def _rank_shard(root: str, name: str, shard: int, *, score: str, block: int) -> 
         ) from error
     arrays = {"rank": ranks, "share": shares}
     provenance = {"attribution_sha256": store.attribution_sha256(record), "versions": {"igstore": __version__}}
-    write_rank_shard(store.root, name, store.spec, store.n_images, shard, arrays, provenance)
-    return len(maps)
+    written = write_rank_shard(folder, name, shard, arrays, provenance)
+    return len(maps), written is not None
 
 
 @contextmanager

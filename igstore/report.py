@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,25 @@ from typing import Any
 
 from igstore import cli
 from igstore.errors import UserError
+from igstore.evaluate import Evaluation
 from igstore.masking import MaskedImages
 from igstore.reporting import page, sections
 from igstore.reporting.findings import Findings
 from igstore.reporting.results import settings_sha256
-from igstore.reporting.results_folder import RESULTS
+from igstore.reporting.results_folder import RESULTS, results_json
 from igstore.storage import files
+from igstore.wording import option
 
 Path_ = str | os.PathLike[str]
 
 _LEDE = (
-    "Integrated Gradients says how much each block of an image speaks for a class. Here models are shown only the "
-    "blocks that hold the top p% of that (top), or all the others (bottom), or as many blocks at random: what do they "
-    "still recognise?"
+    "how much each block of an image speaks for a class. Here models are shown only the blocks that hold the top p% of "
+    "that (top), or all the others (bottom), or as many blocks at random: what do they still recognise?"
 )
 
 
 def make_report(
-    results: Path_, out: Path_ = "report.html", *, stores: Sequence[Path_] = (), images: Any = None
+    results: Path_ | Evaluation, out: Path_ = "report.html", *, stores: Sequence[Path_] = (), images: Any = None
 ) -> list[Path]:
     """Write what `evaluate` found as a page that is complete in itself, and a folder with its figures beside it.
 
@@ -35,7 +37,7 @@ def make_report(
     Parameters
     ----------
     results
-        The folder that ``evaluate(..., out=results)`` wrote.
+        The folder that ``evaluate(..., out=results)`` wrote, or what it returned.
     out
         The page. The folder is called after it: ``report_files`` for ``report.html``. It gets every figure as PNG, its
         numbers as CSV, and in ``classes.csv`` and ``images.csv`` all of what the page shows the extremes of.
@@ -61,13 +63,22 @@ def make_report(
     >>> page.name, sorted({path.suffix for path in beside})
     ('page.html', ['.csv', '.png'])
     """
-    results, out = Path(results), Path(out)
+    out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"out is {out}; it must be an HTML file: {out.with_suffix('.html')}")
-    findings = Findings.read(results)
+    if isinstance(results, Evaluation):
+        findings = Findings(results.rows, results.predictions)
+        results_sha256 = hashlib.sha256(results_json(results.rows)).hexdigest()
+    elif isinstance(results, str | os.PathLike):
+        findings = Findings.read(Path(results))
+        results_sha256 = files.checksum(Path(results) / RESULTS)["sha256"]
+    else:
+        raise UserError(
+            f"{option('results')} is a {type(results).__name__}; it must be what evaluate returned, or the folder that "
+            "it wrote"
+        )
     beside = sections.Beside(out.with_name(f"{out.stem}_files"))
     material = sections.Material(findings, _sources(findings, stores, images), beside)
-    results_sha256 = files.checksum(results / RESULTS)["sha256"]
     parts = {
         "At a glance": sections.glance(material),
         "Accuracy": sections.accuracy(material),
@@ -79,7 +90,7 @@ def make_report(
         "Provenance": sections.provenance(material, results_sha256),
     }
     title = f"Masked images: {', '.join(dict.fromkeys(row.model for row in findings.rows))}"
-    contents = {out: page.page(title, _LEDE, parts).encode()}
+    contents = {out: page.page(title, f"{_who_says(findings)} {_LEDE}", parts).encode()}
     contents |= {beside.folder / name: content for name, content in beside.files.items()}
     try:
         for path, content in contents.items():
@@ -87,6 +98,13 @@ def make_report(
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error.strerror or error}") from error
     return list(contents)
+
+
+def _who_says(findings: Findings) -> str:
+    """What made the maps, as the subject of a sentence and its verb."""
+    made = dict.fromkeys(row.method if row.is_imported else "Integrated Gradients" for row in findings.rows)
+    *others, last = made
+    return f"{', '.join(others)} and {last} say" if others else f"{last} says"
 
 
 def _sources(findings: Findings, stores: Sequence[Path_], images: Any) -> dict[str, MaskedImages]:
@@ -119,6 +137,8 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str]) -> int:
     """``igstore report RESULTS``."""
     options, output = parser().parse(argv)
+    if Path(options.out).exists():
+        output.note(f"note: {options.out} is there, and is replaced")
     page, *beside = make_report(**vars(options))
     said = f"{page}: open it in a browser; {len(beside)} figures and tables in {beside[0].parent}"
     output.summary({"page": page, "files": beside}, [said])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from igstore.errors import SettingsMismatchError, UserError
+from igstore.wording import option
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)  # in stores of version 1, class indices are int16
 
 IMAGE, CHANNEL, Y, X = "image", "channel", "y", "x"
 BLOCK_Y, BLOCK_X = "block_y", "block_x"
@@ -38,6 +42,8 @@ NOT_BUILT, BUILT, FAILED = 0, 1, 2
 
 UNKNOWN_LABEL = -1
 
+MOST_STEPS = 2**15 - 1
+
 # Beyond what anyone needs; what a store from elsewhere makes its readers set aside is bounded by them.
 _LARGEST = 2.0**100
 _MOST_PIXELS = 1 << 26
@@ -46,11 +52,31 @@ _MOST_IMAGES_A_SHARD = 1 << 20
 _OF_IMPORTED = ("maps_by", "maps_sha256")
 
 
+_CODE = re.compile(r"[^\W\d][\w.]*:\w+")
+
+
+def names_code(name: str) -> bool:
+    """Whether a name is of the form ``package.module:function``: code that only a user may choose, never a store."""
+    return _CODE.fullmatch(name) is not None
+
+
 def check_choice(field: str, value: object, choices: Any) -> None:
     """Raise `UserError` unless `value` is one of `choices`: a `Literal` type or a collection of strings."""
     allowed = get_args(choices) or tuple(choices)
-    if value not in allowed:
-        raise UserError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{option(field)} is {value!r:.80}; it must be one of {', '.join(map(str, allowed))}")
+
+
+def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """`value` as an int; raise `UserError` unless it is a whole number (not a bool) from `least` to `most`."""
+    if _is_whole(value) and least <= value <= most:
+        return int(value)
+    bounds = f"at least {least}" if most == math.inf else f"at least {least} and at most {most}"
+    raise UserError(f"{option(name)} is {value!r:.80}; it must be a whole number, {bounds}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and value is not True and value is not False
 
 
 @dataclass(frozen=True)
@@ -62,7 +88,7 @@ class Preprocessing:
     resize
         Length in pixels that the shorter side is brought to (the longer keeps the aspect ratio); None leaves the size.
     crop
-        (height, width) in pixels of the centre crop: the size of `pixels` and of the maps.
+        (height, width) in pixels of the centre crop: the size of `pixels` and of the maps. A single number is a square.
     interpolation
         Pillow's filter for the resize.
     mean, std
@@ -75,28 +101,56 @@ class Preprocessing:
 
     >>> Preprocessing(resize=256, crop=(224, 224)).mean
     (0.485, 0.456, 0.406)
+    >>> Preprocessing(crop=56).crop
+    (56, 56)
     """
 
-    resize: int | None
-    crop: tuple[int, int]
+    resize: int | None = None
+    crop: tuple[int, int] = ()  # type: ignore[assignment]  # must be given
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "crop", tuple(int(side) for side in self.crop))
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         check_choice("interpolation", self.interpolation, Interpolation)
-        if self.resize is not None and self.resize < 1:
-            raise UserError(f"resize is {self.resize}; it must be at least 1 pixel")
-        if len(self.crop) != 2 or min(self.crop) < 1 or math.prod(self.crop) > _MOST_PIXELS:
+        if self.resize is not None:
+            object.__setattr__(self, "resize", whole_number("resize", self.resize, 1))
+        crop: list[Any] = [self.crop] * 2 if _is_whole(self.crop) else _several(self.crop)
+        if len(crop) != 2 or not all(map(_is_whole, crop)) or min(crop) < 1 or math.prod(crop) > _MOST_PIXELS:
             raise UserError(
-                f"crop is {self.crop}; it must be (height, width), each at least 1 pixel, and {_MOST_PIXELS} at most"
+                f"{option('crop')} is {self.crop!r:.80}; it must be (height, width), each at least 1 pixel, and "
+                f"{_MOST_PIXELS} at most"
             )
-        is_finite = all(map(math.isfinite, self.mean + self.std))
-        if len(self.mean) != 3 or len(self.std) != 3 or not is_finite or min(self.std) <= 0:
-            raise UserError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+        mean, std = (_several(values) for values in (self.mean, self.std))
+        if len(mean) != 3 or len(std) != 3 or not all(map(_is_finite, mean + std)) or min(std) <= 0:
+            raise UserError(
+                f"{option('mean')} {self.mean!r:.80} and {option('std')} {self.std!r:.80} must be three numbers each, "
+                "std above 0"
+            )
+        object.__setattr__(self, "crop", tuple(map(int, crop)))
+        object.__setattr__(self, "mean", tuple(map(float, mean)))
+        object.__setattr__(self, "std", tuple(map(float, std)))
+
+
+def check_resize(resize: int | None, crop: int | tuple[int, int] | None) -> None:
+    """Raise `UserError` where `crop` is larger than the shorter side of every image that is brought to `resize`."""
+    if resize is not None and crop is not None:
+        sides = (crop, crop) if isinstance(crop, int) else crop
+        if resize < min(sides):
+            raise UserError(
+                f"{option('resize')} is {resize} and {option('crop')} {sides[0]}x{sides[1]}, so every image would get "
+                f"a black margin; give {option('resize', str(max(sides)))} or more, or a smaller crop"
+            )
+
+
+def _several(values: Any) -> list[Any]:
+    """The values of a sequence, an array or a tensor; none of anything else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, tuple | list) else []
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -117,7 +171,8 @@ class BuildSpec:
     baseline
         Where the path begins, in pixel space.
     target, output
-        Which class is attributed, and what of it: its logit or its softmax probability.
+        Which class is attributed, and what of it: its logit or its softmax probability. A network of one output z is
+        taken for one of two classes, 1 with the logit z and the probability sigmoid(z), and 0 with the rest.
     method, n_steps
         The quadrature rule, and its gradient evaluations an image, 1 to 32767.
     max_error, max_steps
@@ -185,24 +240,28 @@ class BuildSpec:
             raise UserError("imported maps have n_steps 0, and maps_by and maps_sha256 say what they are")
         if not is_imported and (self.maps_by or self.maps_sha256):
             raise UserError(f"maps_by and maps_sha256 are for imported maps; method is {self.method}")
-        if not is_imported and not 1 <= self.n_steps <= 32767:
-            raise UserError(f"n_steps is {self.n_steps}; it must be between 1 and 32767")
-        if not 1 <= self.shard_size <= _MOST_IMAGES_A_SHARD:
-            raise UserError(f"shard_size is {self.shard_size}; it must be between 1 and {_MOST_IMAGES_A_SHARD} images")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must be at least 0")
+        fewest = 0 if is_imported else 1
+        for field, least, most in (
+            ("n_steps", fewest, MOST_STEPS),
+            ("shard_size", 1, _MOST_IMAGES_A_SHARD),
+            ("seed", 0, math.inf),
+        ):
+            object.__setattr__(self, field, whole_number(field, getattr(self, field), least, most))
+        if not isinstance(self.pixels, bool):
+            raise UserError(f"{option('pixels')} is {self.pixels!r:.80}; it must be True or False")
+        max_error, max_steps = option("max_error"), option("max_steps")
         if (self.max_error is None) != (self.max_steps is None):
-            raise UserError("max_error and max_steps go together: give both, or neither")
+            raise UserError(f"{max_error} and {max_steps} go together: give both, or neither")
         if self.max_error is not None and self.max_steps is not None:
             if self.method != "riemann_right":
                 raise UserError(
-                    f"max_error needs method riemann_right, whose points for m steps are among those for 2m; "
-                    f"method is {self.method}"
+                    f"{max_error} needs {option('method')} riemann_right, whose points for m steps are among those for "
+                    f"2m; {option('method')} is {self.method}"
                 )
-            if not (math.isfinite(self.max_error) and self.max_error > 0):
-                raise UserError(f"max_error is {self.max_error}; it must be a positive number, e.g. 0.05")
-            if not self.n_steps <= self.max_steps <= 32767:
-                raise UserError(f"max_steps is {self.max_steps}; it must be between n_steps ({self.n_steps}) and 32767")
+            if not _is_finite(self.max_error) or self.max_error <= 0:
+                raise UserError(f"{max_error} is {self.max_error!r:.80}; it must be a positive number, e.g. 0.05")
+            object.__setattr__(self, "max_error", float(self.max_error))
+            object.__setattr__(self, "max_steps", whole_number("max_steps", self.max_steps, self.n_steps, MOST_STEPS))
 
     @property
     def made_by(self) -> str:
@@ -232,9 +291,9 @@ class BuildSpec:
             The format version is not this library's, or fields are missing: the store is foreign or of another version.
         """
         version = attributes.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
             raise SettingsMismatchError(
-                f"format version is {version!r}; this igstore reads version {FORMAT_VERSION}: "
+                f"format version is {version!r}; this igstore reads versions {' and '.join(map(str, READ_VERSIONS))}: "
                 + (
                     "not a store made by igstore"
                     if version is None

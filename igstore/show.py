@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
 from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions
+from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.names import as_seen
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
@@ -105,6 +105,7 @@ def show_store(
     if not every_p:
         raise UserError("p is empty; give a number from 0 to 100, or several")
     cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
+    warn_of_fractions(*cells)
     source = MaskedImages(store, images)
     source.check(*cells)
     source.check_pixels()
@@ -328,6 +329,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(options.pop("out"))
     if out.suffix.lower() != ".png":
         raise UserError(f"out is {out}; it must be a PNG file: {out.with_suffix('.png')}")
+    if out.exists():
+        output.note(f"note: {out} is there, and is replaced")
     picture = show_store(**options)
     data = io.BytesIO()
     picture.save(data, "png")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchErro
 from igstore.names import is_foreign
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
+from igstore.schema import whole_number
 from igstore.storage import files
 from igstore.storage.addresses import shown
 from igstore.storage.contents import Problems, check_images, check_ranks
@@ -30,9 +31,12 @@ from igstore.storage.sources import LocalFiles, Source, open_source
 from igstore.storage.store import consolidated, metadata, ranking_metadata
 from igstore.storage.zarr_form import ZarrForm
 
+if TYPE_CHECKING:
+    from igstore.models import Classifier
+
 _ROOT = "zarr.json"
 _MOST_THREADS = 8
-_ANY_CLASS = np.iinfo(np.int16).max + 1  # where a store does not say how many classes there are
+_ANY_CLASS = np.iinfo(np.int32).max + 1  # where a store does not say how many classes there are
 _FEW = 10  # shards listed before "and so on"
 
 
@@ -41,6 +45,7 @@ def verify_store(
     *,
     recompute: int = 0,
     images: Any = None,
+    model: str | Classifier | None = None,
     weights: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -60,9 +65,10 @@ def verify_store(
     recompute
         How many images, chosen at random, to attribute again with the store's model and compare; needs torch, and a
         store in which nothing else is wrong.
-    images, weights, device
-        For `recompute`: the images, as `build_store` takes them, where the store has no pixels; the file of weights,
-        where the store's name of them does not say it; and what to compute on, as `build_store` takes it.
+    images, model, weights, device
+        For `recompute`: the images, as `build_store` takes them, where the store has no pixels; the model, where that
+        is code of somebody's own, `package.module:function`, which a store cannot choose; the file of weights, where
+        there is one; and what to compute on, as `build_store` takes it.
     seed
         Of the choice of images.
     show_progress
@@ -77,7 +83,7 @@ def verify_store(
     AccessError, UnreachableError
         Its metadata cannot be looked at. Shards that cannot are findings, ``is_unread``.
     UserError
-        The model, weights or images for `recompute` are not at hand, or not those of the store.
+        The model, weights or images for `recompute` are not at hand, or not those of the store, or must be named.
 
     >>> verify_store("toy.zarr")
     []
@@ -89,10 +95,10 @@ def verify_store(
             raise  # another version's, or nothing of igstore's
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
     again = None
-    if recompute:
+    if whole_number("recompute", recompute, 0):
         from igstore.building.recompute import Recomputation  # the only part that needs torch
 
-        again = Recomputation(store, recompute, images=images, weights=weights, device=device, seed=seed)
+        again = Recomputation(store, recompute, images=images, model=model, weights=weights, device=device, seed=seed)
     rankings = [store.ranking(name) for name in store.rankings]
     findings = [*_metadata_findings(store, rankings), *_list_findings(store)]
     unreadable = {finding.array for finding in findings}
@@ -108,7 +114,8 @@ def verify_store(
     if isinstance(store.form, ZarrForm) and isinstance(
         store.form.source, LocalFiles
     ):  # nobody else can say which files there are
-        findings += _orphans(store, rankings)
+        reported = {finding.file for finding in findings}
+        findings += [finding for finding in _orphans(store, rankings) if finding.file not in reported]
     if again is not None and not findings:
         findings += again.findings()
     return findings
@@ -336,7 +343,15 @@ def parser() -> cli.Parser:
         "--recompute", type=cli.positive, default=0, metavar="K", help="attribute K images again, and compare"
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="for --recompute: the images, where the store has no pixels; as for `build`"
+        "--data",
+        dest="images",
+        metavar="PATH",
+        help="for --recompute: the images, where the store has no pixels; as for `build`",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="for --recompute: the store's model, where that is package.module:function, which a store cannot choose",
     )
     parser.add_argument(
         "--weights", metavar="W", help="for --recompute: the file of weights, where it does not come with the model"
@@ -352,7 +367,8 @@ def main(argv: Sequence[str]) -> int:
     findings = verify_store(
         options.store,
         recompute=options.recompute,
-        images=options.data,
+        images=options.images,
+        model=options.model,
         weights=options.weights,
         device=options.device,
         seed=options.seed,

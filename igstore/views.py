@@ -23,7 +23,7 @@ from xarray.core.indexing import IndexSelResult
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions
+from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
@@ -83,7 +83,8 @@ def open_store(store: Store) -> xr.Dataset:
         dtype = array.dtype
         if name == "attribution":
             read, dtype = partial(_read_attribution, array, true_scale), np.dtype(np.float32)
-            attributes = {"description": "Integrated Gradients of the target's output"}
+            made = f"made by {reader.spec.maps_by}" if reader.spec.maps_by else "Integrated Gradients"
+            attributes = {"description": f"attribution of the target's output, {made}"}
         values = _lazy(name, _Lazy(read, images, array.shape[1:], dtype), _chunks(reader, images))
         data[name] = xr.Variable(variable.dims, values, attributes)
     provenance = {name: value for name, value in reader.attributes.items() if name not in _CLASS_LISTS}
@@ -190,6 +191,7 @@ def _view(
     cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
     if not cells:
         raise UserError("p is empty; give a number from 0 to 100, or several")
+    warn_of_fractions(*cells)
     source.check(*cells)
     images, shape = source.built, tuple(inner.values())
     layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]

@@ -26,7 +26,7 @@ from igstore.info import StoreInfo
 from igstore.masking import MaskOptions
 from igstore.reporting.results import Row, settings_sha256
 from igstore.reporting.results_folder import read_rows
-from igstore.reporting.tables import Table, article_tables, describer, grouped, images_of, percent
+from igstore.reporting.tables import Table, article_tables, images_of, kinds, percent
 from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
@@ -125,6 +125,7 @@ def _evaluate(study: Study, path: Path, sha256s: dict[str, str]) -> list[Row]:
         p=P,
         order="attribution",
         out=out,
+        overwrite=True,
         device=study.device,
         limit=study.limit,
         show_progress=True,
@@ -138,12 +139,11 @@ def beside_the_article(rows: Sequence[Row]) -> list[Table]:
         known = [row for row in rows if row.keep == keep and row.model in published and row.weights == ARTICLE_WEIGHTS]
         if known:
             title = f"Table {number} beside the article's: top-1 accuracy (%), keep {keep}, {images_of(known)}"
-            groups = tuple(
-                _compared(of_model, published[model])
-                for model, of_model in grouped(known, lambda row: row.model).items()
-            )
+            models = dict.fromkeys(row.model for row in known)
+            groups = tuple(_compared([row for row in known if row.model == one], published[one]) for one in models)
             header = ("model", "unmasked", *(f"p={p:g}" for p in P))
-            tables.append(Table(title, describer(rows)(known[0]), header, groups))
+            masks = next(sentence for sentence, of_masks in kinds(rows).items() if known[0] in of_masks)
+            tables.append(Table(title, masks, header, groups))
     return tables
 
 

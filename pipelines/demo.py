@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.say("", *describe(info), "")
     results = options.out / "results"
-    evaluation = igstore.evaluate(store, out=results, show_progress=True)
+    evaluation = igstore.evaluate(store, out=results, overwrite=True, show_progress=True)
     for table in article_tables(evaluation.rows):
         cli.say(table.text(), "")
     page = options.out / "report.html"

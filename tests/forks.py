@@ -72,7 +72,9 @@ def _on_file_events(act: Callable[[int], None]) -> None:
         is_change = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
         if event == "open" and isinstance(arguments[2], int):
             is_change = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if is_change and ".zarr" in str(arguments[0]):
+        where = str(arguments[0]) if is_change else ""
+        # within a store relative to its folder, which is held by a descriptor
+        if is_change and not where.isdigit() and (".zarr" in where or not os.path.isabs(where)):
             count += 1
             act(count)
 
@@ -82,6 +84,11 @@ def _on_file_events(act: Callable[[int], None]) -> None:
 def die_at(event: int) -> None:
     """Die by SIGKILL just before the given change to a file."""
     _on_file_events(lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == event else None)
+
+
+def stop_at(event: int) -> None:
+    """Stop, as SIGSTOP or a hung mount does, just before the given change to a file, until SIGCONT."""
+    _on_file_events(lambda count: os.kill(os.getpid(), signal.SIGSTOP) if count == event else None)
 
 
 def count_events(file: str) -> None:

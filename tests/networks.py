@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import torch
@@ -129,6 +130,24 @@ class Named(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.inner(x)}
+
+
+class Leaving(nn.Module):
+    """Ends the program as if all were done, when it is asked for a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Smooth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            sys.exit(0)
+        return self.inner(x)
+
+
+def leaving() -> nn.Module:
+    """Ends it before there is a network."""
+    sys.exit()
 
 
 class Broken(nn.Module):

@@ -26,6 +26,11 @@ def checksum(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "crc32c": crc32c, "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def text(strings: Sequence[str]) -> np.ndarray:
+    """Strings as a store's arrays hold them."""
+    return np.array(strings, np.dtypes.StringDType())
+
+
 def mapped_file(array: np.ndarray) -> str | None:
     """The file whose bytes an array's are, as the system says; None where they are a copy."""
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -75,7 +80,7 @@ def make_store(
     spec
         Other fields of `BuildSpec`, such as ``pixels=False`` or ``reduce="none"``.
     """
-    labels = np.array([index % 6 - 1 for index in range(n)] if labels is None else labels, dtype=np.int16)
+    labels = np.array([index % 6 - 1 for index in range(n)] if labels is None else labels, dtype=np.int32)
     settings = {
         "model": "toy",
         "weights": "own",
@@ -100,7 +105,8 @@ def make_store(
                 "seconds": 1.0,
                 "device": "none",
             }
-            write_shard(path, build, n, shard, _arrays(build, images, seed), record)
+            listed = layout.listed(build, image_ids(n)[first:last], labels[first:last])
+            write_shard(path, build, n, shard, _arrays(build, images, seed) | listed, record)
     if shards is None:
         finish_store(path, {"complete": True})
     for score, block in rankings:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from igstore import Preprocessing, build_store, classifier_from_module, cli, store_info
+from igstore import Preprocessing, build_store, classifier_from_module, cli, load_classifier, store_info
 from igstore.build import main
 from igstore.errors import SettingsMismatchError, UserError
 from igstore.storage.reader import StoreReader
@@ -317,10 +317,12 @@ class TestCommand:
             (["--model", "resnet50", "--weights", "nowhere.pth"], "nowhere.pth"),
             (["--model", "networks:demo_network", "--n-steps", "0"], "at least 1"),
             (["--model", "networks:demo_network", "--method", "simpson"], "riemann_right"),
-            (["--model", "networks:demo_network", "--crop", "16", "--max-error", "0.1"], "max_steps"),
+            (["--model", "networks:demo_network", "--crop", "16", "--max-error", "0.1"], "--max-steps"),
             (["--model", "networks:demo_network", "--crop", "16", "--device", "tpu"], "cuda:N"),
             (["--model", "networks:demo_network", "--crop", "16", "--precision", "tf32"], "float32"),
             (["--model", "networks:demo_network", "--crop", "16", "--data", "/nowhere"], "/nowhere"),
+            (["--model", "networks:demo_network", "--resize", "10", "--crop", "16"], "give --resize 16 or more"),
+            (["--model", "networks:demo_network", "--crop", "257"], "give --resize 257 or more"),
             (["--model", "networks:demo_network", "--frobnicate"], "--frobnicate"),
             ([], "--model"),
         ],
@@ -340,6 +342,100 @@ class TestCommand:
         done = subprocess.run([sys.executable, "-m", "igstore.build"], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith("igstore: the following arguments are required: --model")
+
+
+# --- Images that a network cannot be shown as they are
+
+
+def of_sizes(*sizes: tuple[int, int]) -> list[tuple[str, np.ndarray, int]]:
+    return [(f"p{number:03d}", np.full((*size, 3), 90, np.uint8), number % 5) for number, size in enumerate(sizes)]
+
+
+def as_folder(tmp_path: Path, images: list[tuple[str, np.ndarray, int]]) -> torchvision.datasets.ImageFolder:
+    for name, pixels, label in images:
+        (tmp_path / "images" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{name}.png")
+    return torchvision.datasets.ImageFolder(tmp_path / "images")
+
+
+def as_path(tmp_path: Path, images: list[tuple[str, np.ndarray, int]]) -> Path:
+    (tmp_path / "images").mkdir()
+    for name, pixels, _ in images:
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{name}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("given_as", [lambda _, images: images, as_folder, as_path], ids=["list", "folder", "path"])
+def test_sizes_that_differ_need_a_preprocessing(given_as, tmp_path, network):
+    mixed = given_as(tmp_path, of_sizes((16, 16), (16, 16), (40, 20), (12, 30)))
+    with pytest.raises(
+        UserError, match=r"not of one size \(p000 is 16x16 pixels, p002 is 40x20 pixels\).*preprocessing="
+    ):
+        build_store(network, mixed, tmp_path / "store.zarr", n_steps=2)
+    assert not (tmp_path / "store.zarr").exists()
+    info = build_store(network, mixed, tmp_path / "store.zarr", n_steps=2, preprocessing=PREPROCESSING)
+    assert info.n_built == 4
+
+
+@pytest.mark.parametrize("given_as", [lambda _, images: images, as_folder, as_path], ids=["list", "folder", "path"])
+def test_equal_sizes_need_none_and_a_stray_image_fails_alone(given_as, tmp_path, network):
+    tmp_path.joinpath("a").mkdir()
+    plain = given_as(tmp_path / "a", of_sizes(*[(16, 18)] * 5))
+    info = build_store(network, plain, tmp_path / "plain.zarr", n_steps=2)
+    assert (info.n_built, info.settings["crop"], info.settings["resize"]) == (5, [16, 18], None)
+    sizes = [(16, 18)] * 150
+    sizes[1] = (40, 40)  # a place that nobody looks at before the work
+    tmp_path.joinpath("b").mkdir()
+    info = build_store(network, given_as(tmp_path / "b", of_sizes(*sizes)), tmp_path / "stray.zarr", n_steps=1)
+    assert info.n_built == 149
+    assert info.failed == {"p001": "is 40x40 pixels, and the others 16x18: give a preprocessing for all"}
+
+
+def test_the_first_image_may_be_broken(tmp_path, network):
+    folder = as_path(tmp_path, of_sizes(*[(16, 18)] * 4))
+    (folder / "p000.png").write_bytes(b"no image")
+    info = build_store(network, folder, tmp_path / "store.zarr", n_steps=1)
+    assert (info.n_built, info.n_failed, info.settings["crop"]) == (3, 1, [16, 18])
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image can be read, so nothing says what the network is to be shown"):
+        build_store(network, folder, tmp_path / "other.zarr", n_steps=1)
+
+
+def test_a_resize_below_the_crop_is_refused(tmp_path, network):
+    small = Preprocessing(resize=10, crop=(16, 16))
+    images = of_sizes(*[(16, 16)] * 3)
+    message = "resize is 10 and crop 16x16, so every image would get a black margin; give resize=16 or more"
+    for make in (
+        lambda: build_store(network, images, tmp_path / "store.zarr", preprocessing=small),
+        lambda: classifier_from_module(network, preprocessing=small),
+        lambda: load_classifier("networks:demo_network", resize=10, crop=16),
+        lambda: load_classifier("squeezenet1_1", "random:0", resize=10, crop=16),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+    with pytest.raises(UserError, match="resize is 100 and crop 224x224"):
+        load_classifier("squeezenet1_1", "random:0", resize=100)
+    assert not (tmp_path / "store.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "preprocessing", "is_small"),
+    [
+        ((20, 30), Preprocessing(resize=16, crop=(16, 22)), False),
+        ((20, 22), Preprocessing(resize=16, crop=(16, 22)), True),  # 16x17
+        ((30, 20), Preprocessing(resize=16, crop=(16, 22)), True),
+        ((20, 30), Preprocessing(resize=None, crop=(16, 22)), False),
+        ((20, 20), Preprocessing(resize=None, crop=(16, 22)), True),
+    ],
+    ids=str,
+)
+def test_a_black_margin_is_not_made_without_a_word(size, preprocessing, is_small, path, network, caplog):
+    build_store(network, of_sizes(*[size] * 3), path, n_steps=1, preprocessing=preprocessing, workers=1)
+    said = [record.getMessage() for record in caplog.records if "black margin" in record.getMessage()]
+    assert len(said) == is_small
+    assert StoreReader(path).array("pixels").read([0]).min() == (0 if is_small else 90)
+    assert not is_small or said[0].startswith("image p000 is ")
 
 
 def test_a_build_that_was_killed_goes_on_to_the_same_store(folder, tmp_path):

@@ -268,7 +268,8 @@ def test_pixels_may_come_from_another_store(store, tmp_path):
         ({"deletion_fill": "pink"}, UserError, "fill is 'pink'"),
         ({"block": 4, "steps": 5}, StoreNotFoundError, "igstore rank .* --block 4"),
         ({"weights": "random"}, UserError, "weights goes with a model given by name"),
-        ({"model": Patterns()}, UserError, "model is a Patterns"),
+        ({"model": 3}, UserError, "model is a int"),
+        ({"model": Patterns(), "weights": "random"}, UserError, "a network brings its own"),
         ({"model": classifier(Sum())}, UserError, "has 2 classes"),
         ({"model": classifier(Undefined())}, ModelError, "not finite"),
         ({"model": None}, UserError, "made by toy"),
@@ -294,7 +295,8 @@ def own(tmp_path: Path) -> Path:
 def test_the_command_prints_mean_areas_and_writes_files(own, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "out"
-    assert cli.run(main, [str(own), "--steps", "6", "--limit", "5", "--out", str(out), "--quiet"]) == cli.DONE
+    options = ["--model", "test_curves:by_name", "--steps", "6", "--limit", "5", "--out", str(out), "--quiet"]
+    assert cli.run(main, [str(own), *options]) == cli.DONE
     lines = capsys.readouterr().out.splitlines()
     found = insertion_deletion(own, by_name(), steps=6, limit=5)
     areas = found.auc.mean("image")
@@ -316,9 +318,22 @@ def test_the_command_prints_mean_areas_and_writes_files(own, tmp_path, capsys):
     np.testing.assert_allclose([float(point["probability of the target"]) for point in points], mean, rtol=1e-6)
 
 
+def test_earlier_curves_are_replaced_where_that_is_asked_for(own, tmp_path, capsys):
+    arguments = [str(own), "--model", "test_curves:by_name", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert cli.run(main, arguments) == cli.DONE
+    before = (tmp_path / "out" / "curves.csv").read_bytes()
+    capsys.readouterr()
+    assert cli.run(main, [*arguments, "--seed", "5"]) == cli.MISUSED
+    assert "holds auc.csv of other curves: give another --out, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "curves.csv").read_bytes() == before
+    assert cli.run(main, [*arguments, "--seed", "5", "--overwrite"]) == cli.DONE
+    assert (tmp_path / "out" / "curves.csv").read_bytes() != before
+
+
 def test_without_matplotlib_there_are_only_tables(own, tmp_path, monkeypatch):
     monkeypatch.setattr("igstore.curves.importlib.util.find_spec", lambda name: None)
-    assert main([str(own), "--steps", "2", "--out", str(tmp_path / "out"), "--quiet"]) == cli.DONE
+    options = ["--model", "test_curves:by_name", "--steps", "2", "--out", str(tmp_path / "out"), "--quiet"]
+    assert main([str(own), *options]) == cli.DONE
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["auc.csv", "curves.csv"]
 
 
@@ -329,6 +344,7 @@ def test_the_command_refuses_what_it_cannot_write(own, tmp_path):
 
 
 def test_other_weights_than_the_store_s_are_refused(tmp_path):
-    path = make_store(tmp_path / "other.zarr", N, model="test_curves:by_name", mean=MEAN, std=STD)
-    with pytest.raises(SettingsMismatchError, match="weights found are"):
+    settings = {"model": "shufflenet_v2_x0_5", "weights": "random:1"}
+    path = make_store(tmp_path / "other.zarr", N, mean=MEAN, std=STD, **settings)
+    with pytest.raises(SettingsMismatchError, match="weights found are random:1"):
         insertion_deletion(path)

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
 import zarr
 from PIL import Image
 from stores import CLASS_NAMES, WNIDS, image_ids, make_store, recompute
@@ -14,9 +16,11 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from igstore.batches import MaskedBatches
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.images import as_image_list
+from igstore.masking import MaskOptions
 from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.schema import Preprocessing
 from igstore.storage.reader import StoreReader
@@ -307,6 +311,43 @@ def test_mistakes_are_told_at_once(store: Path, tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "foreign.zarr")
     with pytest.raises(SettingsMismatchError, match="not a store made by igstore"):
         MaskedImageNet(tmp_path / "foreign.zarr")
+
+
+def test_where_with_names_goes_by_them(store: Path, partial_store: Path) -> None:
+    ds = open_store(store)
+    chosen = ds.label == 2
+    ids = ds.image.values[chosen.values].tolist()
+    order = np.random.default_rng(3).permutation(N)
+    column = pd.Series(chosen.values, index=ds.image.values)
+    named = [chosen, chosen[order], ds.isel(image=order).label == 2, column, column.iloc[order], column.sort_values()]
+    for where in named:
+        data = MaskedImageNet(store, where=where)
+        assert [StoreReader(store).image_ids[image] for image in data.indices] == ids
+        assert set(data.targets) == {2}
+        batches = MaskedBatches(store, [MaskOptions()], where=where)
+        assert np.concatenate([batch.labels for batch in batches]).tolist() == data.targets
+    plain = pd.Series(chosen.values)
+    assert MaskedImageNet(store, where=plain).indices.tolist() == np.flatnonzero(chosen).tolist()
+    # a view has only the images that are built, which are all that matter
+    view = masked_view(partial_store, p=50)
+    assert MaskedImageNet(partial_store, where=view.label == 1).targets == [1] * int((view.label == 1).sum())
+
+
+@pytest.mark.parametrize("kind", ["shuffled rows", "other images", "images twice", "some images"])
+def test_where_that_names_other_images(kind: str, store: Path) -> None:
+    ids = open_store(store).image.values.tolist()
+    index: Any = {
+        "shuffled rows": list(range(N))[::-1],
+        "other images": [*ids[:-1], "image_9999"],
+        "images twice": [*ids[:-1], ids[0]],
+        "some images": ids[:-1],
+    }[kind]
+    column = pd.Series(np.ones(len(index), bool), index=index)
+    with pytest.raises(UserError, match=r"where names .*must be the store's image ids, such as 'image_0000'"):
+        MaskedImageNet(store, where=column)
+    if kind != "shuffled rows":
+        with pytest.raises(UserError, match="where names"):
+            MaskedImageNet(store, where=xr.DataArray(column.values, {"image": index}, "image"))
 
 
 def test_pixels_from_elsewhere(store: Path, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def place(tmp_path, monkeypatch) -> Path:
         (f"picture_{index}", Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)), index)
         for index in range(4)
     ]
-    igstore.build_store(igstore.load_classifier("networks:Smooth", crop=24), pictures, tmp_path / "toy.zarr", n_steps=2)
+    classifier = igstore.load_classifier("shufflenet_v2_x0_5", "random", crop=24)
+    igstore.build_store(classifier, pictures, tmp_path / "toy.zarr", n_steps=2)
     for wnid, name in (("n02123045", "cat"), ("n02109961", "dog")):
         (tmp_path / "photographs" / wnid).mkdir(parents=True)
         pictures[0][1].save(tmp_path / "photographs" / wnid / f"{name}.png")

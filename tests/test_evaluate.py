@@ -27,6 +27,7 @@ from igstore.masking import MaskedImages, MaskOptions
 from igstore.models import Classifier, classifier_from_module
 from igstore.reporting.results import NOT_SHOWN, Row
 from igstore.reporting.results_folder import read_rows
+from igstore.reporting.tables import article_tables
 from igstore.schema import Preprocessing
 
 N = 30
@@ -254,7 +255,7 @@ def test_results_csv_says_the_same(results: Any) -> None:
 def test_predictions_open_with_plain_xarray(results: Any) -> None:
     out, evaluation = results
     found = xr.open_zarr(out / "predictions.zarr").load()
-    assert found.prediction.dtype == found.unmasked.dtype == np.int16
+    assert found.prediction.dtype == found.unmasked.dtype == np.int32
     assert dict(found.sizes) == {"pair": 2, "cell": 64, "image": N - 1}
     for name, values in evaluation.predictions.variables.items():
         np.testing.assert_array_equal(found[name].values, values.values)
@@ -269,9 +270,11 @@ def test_tables_md_has_the_three_tables(results: Any) -> None:
         assert text.count(f"**Table {number}.") == 4  # selections and fills
 
 
-def test_an_earlier_evaluation_is_replaced(store: Path, tmp_path: Path) -> None:
+def test_an_earlier_evaluation_is_replaced_where_that_is_asked_for(store: Path, tmp_path: Path) -> None:
     for p in (30, 70):
-        evaluate(store, models=[classifier()], p=p, order="attribution", out=tmp_path / "out")
+        evaluate(store, models=[classifier()], p=p, order="attribution", out=tmp_path / "out", overwrite=True)
+    with pytest.raises(StoreExistsError, match="holds the results of an evaluation: give another out, or overwrite"):
+        evaluate(store, models=["no such model"], p=50, out=tmp_path / "out")
     assert {row.p for row in read_rows(tmp_path / "out")} == {70}
     assert xr.open_zarr(tmp_path / "out" / "predictions.zarr").p.values.tolist() == [70, 70]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -293,7 +296,7 @@ def test_anything_else_at_out_is_refused_before_the_work(
     spoil(tmp_path / "out")
     before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
     monkeypatch.setattr(MaskedImages, "pixels", None)
-    with pytest.raises(StoreExistsError, match="give another --out"):
+    with pytest.raises(StoreExistsError, match="give another out, or remove it"):
         evaluate(store, models=[classifier()], out=tmp_path / "out")
     assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
 
@@ -309,7 +312,7 @@ def test_a_crash_while_writing_leaves_the_earlier_evaluation(
 
     monkeypatch.setattr(xr.Dataset, "to_zarr", full)
     with pytest.raises(UserError, match="No space left"):
-        evaluate(store, models=[classifier()], p=70, out=out)
+        evaluate(store, models=[classifier()], p=70, out=out, overwrite=True)
     assert read_rows(out) == earlier.rows
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -354,7 +357,7 @@ def test_nothing_hidden_is_the_unmasked_image_and_no_opposite_is_no_test(store: 
 
 
 def test_several_stores_and_models_make_pairs(store: Path, tmp_path: Path) -> None:
-    other = make_store(tmp_path / "longer.zarr", N + 3, seed=1)
+    other = make_store(tmp_path / "longer.zarr", N + 3, seed=1, images_fingerprint="e" * 64)
     models = [classifier(), classifier(seed=1, name="second")]
     both = evaluate([store, other], models=models, p=50, order="attribution")
     alone = evaluate(other, models=models[1:], p=50, order="attribution")
@@ -388,44 +391,68 @@ def test_pixels_from_another_store(store: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of real maps by a model that can be loaded by its name, in a preprocessing other than the model's own."""
-    random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)  # patches survive the resize
-    images = [(f"image_{i:02d}", image.repeat(6, 0).repeat(6, 1), i % 5) for i, image in enumerate(coarse)]
     path = tmp_path_factory.mktemp("own") / "own.zarr"
     preprocessing = Preprocessing(resize=28, crop=SIZE, mean=(0.1, 0.2, 0.3))
-    igstore.build_store("test_evaluate:by_name", images, path, preprocessing=preprocessing, n_steps=3, shard_size=5)
+    igstore.build_store("test_evaluate:by_name", colours(), path, preprocessing=preprocessing, n_steps=3, shard_size=5)
     return path
 
 
-def test_without_models_the_stores_own_is_evaluated(own: Path) -> None:
-    evaluation = evaluate(own, p=50)
-    assert {(row.model, row.store_model, row.is_own) for row in evaluation.rows} == {
-        ("test_evaluate:by_name", "test_evaluate:by_name", True)
-    }
-    stored = igstore.open_store(own)
+def colours() -> list[tuple[str, np.ndarray, int]]:
+    """Labelled images of patches, which survive a resize."""
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)
+    return [(f"image_{i:02d}", image.repeat(6, 0).repeat(6, 1), i % 5) for i, image in enumerate(coarse)]
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store by a model that igstore knows by itself, in another preprocessing than its own."""
+    path, preprocessing = tmp_path_factory.mktemp("fixed") / "fixed.zarr", Preprocessing(resize=None, crop=(32, 32))
+    given = {"weights": "random:1", "preprocessing": preprocessing, "n_steps": 1, "shard_size": 5}
+    igstore.build_store("shufflenet_v2_x0_5", colours(), path, **given)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "given"),
+    [("fixed", "shufflenet_v2_x0_5", {}), ("own", "test_evaluate:by_name", {"models": ["test_evaluate:by_name"]})],
+    ids=["by the name that is recorded", "by the name that the user gives"],
+)
+def test_a_stores_own_model_is_evaluated_as_it_made_the_store(
+    request: pytest.FixtureRequest, name: str, model: str, given: dict[str, Any]
+) -> None:
+    path = request.getfixturevalue(name)
+    evaluation = evaluate(path, p=50, **given)
+    assert {(row.model, row.store_model, row.is_own) for row in evaluation.rows} == {(model, model, True)}
+    stored = igstore.open_store(path)
     np.testing.assert_array_equal(evaluation.predictions.unmasked[0], stored.prediction)
-    assert evaluation.rows[0].original_top1 == igstore.store_info(own).top1
+    assert evaluation.rows[0].original_top1 == igstore.store_info(path).top1
     assert len(set(stored.prediction.values)) > 1
 
 
-def test_weights_that_did_not_make_the_store_are_refused(own: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(own, tmp_path / "copy.zarr")
+def test_weights_that_did_not_make_the_store_are_refused(fixed: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(fixed, tmp_path / "copy.zarr")
     metadata = (copy / "zarr.json").read_text()
-    sha256 = igstore.store_info(own).settings["weights_sha256"]
+    sha256 = igstore.store_info(fixed).settings["weights_sha256"]
     (copy / "zarr.json").write_text(metadata.replace(sha256, "0" * 64))
-    with pytest.raises(SettingsMismatchError, match=r"sha256 000000000000.*--weights.*--models"):
+    with pytest.raises(SettingsMismatchError, match=r"sha256 000000000000.*give weights.*yourself: models"):
         evaluate(copy)
-    torch.save(Pooled(seed=3).state_dict(), tmp_path / "other.pth")
+    other = igstore.load_classifier("shufflenet_v2_x0_5", "random:2").network
+    torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(SettingsMismatchError, match=r"found are other\.pth"):
-        evaluate(own, weights=str(tmp_path / "other.pth"))
+        evaluate(fixed, weights=str(tmp_path / "other.pth"))
 
 
-def test_weights_from_a_file_that_the_store_knows_by_name_only(tmp_path: Path) -> None:
+def test_weights_from_a_file_that_the_store_knows_by_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user says where it is, even where a file of that name lies at hand."""
     file = tmp_path / "trained.pth"
-    torch.save(Pooled(seed=3).state_dict(), file)
-    images = [("a", np.full((23, 26, 3), 90, np.uint8), 1), ("b", np.full((23, 26, 3), 190, np.uint8), 2)]
-    igstore.build_store("test_evaluate:by_name", images, tmp_path / "a.zarr", weights=str(file), n_steps=1)
-    with pytest.raises(SettingsMismatchError, match=r"with weights trained\.pth"):
+    torch.save(igstore.load_classifier("shufflenet_v2_x0_5", "random:3").network.state_dict(), file)
+    preprocessing = Preprocessing(resize=None, crop=(32, 32))
+    given = {"weights": str(file), "preprocessing": preprocessing, "n_steps": 1}
+    igstore.build_store("shufflenet_v2_x0_5", colours()[:2], tmp_path / "a.zarr", **given)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"with weights trained\.pth.*give weights"):
         evaluate(tmp_path / "a.zarr")
     [row, *_] = evaluate(tmp_path / "a.zarr", weights=[str(file)]).rows
     assert row.is_own
@@ -433,7 +460,7 @@ def test_weights_from_a_file_that_the_store_knows_by_name_only(tmp_path: Path) -
 
 
 def test_a_store_of_a_bare_network_asks_for_models(store: Path) -> None:
-    with pytest.raises(UserError, match=r"was made by toy .*cannot be loaded.*--models"):
+    with pytest.raises(UserError, match=r"was made by toy .*cannot be loaded.*yourself: models"):
         evaluate(store)
 
 
@@ -445,9 +472,13 @@ def test_models_by_name_take_one_weights_each_or_one_for_all(store: Path, tmp_pa
     names = ["test_evaluate:by_name", "test_evaluate:by_name"]
     each = evaluate(store, models=names, weights=files, p=50, order="attribution")
     assert [row.weights for row in each.rows] == ["3.pth", "3.pth", "4.pth", "4.pth"]
-    for_all = evaluate(store, models=[classifier(), *names], weights=files[1], p=50, order="attribution")
-    assert [row.weights for row in for_all.rows] == ["own", "own", *["4.pth"] * 4]
+    for_all = evaluate(store, models=[classifier(), names[0]], weights=files[1], p=50, order="attribution")
+    assert [row.weights for row in for_all.rows] == ["own", "own", *["4.pth"] * 2]
     assert {row.top1 for row in for_all.rows[2:4]} == {row.top1 for row in each.rows[2:]}
+    with pytest.raises(
+        UserError, match=r"2 models are called test_evaluate:by_name and have the same weights \(sha256"
+    ):
+        evaluate(store, models=names, weights=files[1], p=50)
     with pytest.raises(UserError, match="2 weights for 1 models"):
         evaluate(store, models=names[:1], weights=files)
 
@@ -469,7 +500,7 @@ class Infinite(Pooled):
         ({"batch_size": 0}, UserError, "batch_size is 0"),
         ({"device": "tpu"}, UserError, "device is 'tpu'"),
         ({"models": []}, UserError, "models is empty"),
-        ({"models": [Pooled()]}, UserError, "models has a Pooled"),
+        ({"models": [3]}, UserError, "models has a int"),
         ({"models": ["no_such_model"]}, UserError, "no_such_model"),
         ({"models": [classifier(n_classes=4)]}, UserError, "class index 4, but pooled has 4 classes"),
         (
@@ -505,7 +536,8 @@ def test_the_packages_name_stays_a_function(store: Path) -> None:
 
 def test_the_command_prints_the_tables(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert cli.run(main, [str(own), "--p", "90", "50", "10", "--order", "attribution", "--out", str(out)]) == 0
+    model = ["--models", "test_evaluate:by_name"]
+    assert cli.run(main, [str(own), *model, "--p", "90", "50", "10", "--order", "attribution", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert [line.split(".")[0] for line in lines if line.startswith("Table")] == ["Table 1", "Table 2", "Table 3"]
@@ -519,7 +551,8 @@ def test_the_command_prints_the_tables(own: Path, tmp_path: Path, capsys: pytest
 
 def test_the_command_makes_the_cross_product(own: Path, tmp_path: Path) -> None:
     arguments = "--p 50 --keep top --select mass count --fill black mean --order random --limit 6 --batch-size 4"
-    assert cli.run(main, [str(own), *arguments.split(), "--out", str(tmp_path / "out"), "--seed", "5"]) == 0
+    options = [*arguments.split(), "--models", "test_evaluate:by_name", "--out", str(tmp_path / "out"), "--seed", "5"]
+    assert cli.run(main, [str(own), *options]) == 0
     rows = read_rows(tmp_path / "out")
     assert [(row.select, row.fill) for row in rows] == [
         ("mass", "black"),
@@ -567,3 +600,78 @@ def test_real_images_agree_with_the_data_set(imagenet_val: Path, tmp_path: Path)
         assert shares["top", p] + shares["bottom", p] == pytest.approx(100)
     assert 0 < shares["top", 30.0] < shares["top", 70.0] < 100
     assert len(np.unique(evaluation.predictions.unmasked)) > 1
+
+
+# --- Rows that are called the same
+
+
+def test_three_stores_of_one_name_are_three_tables(tmp_path: Path) -> None:
+    images = [(f"p{n}", np.random.default_rng(n).integers(0, 256, (*SIZE, 3), np.uint8), n % 5) for n in range(6)]
+    paths = []
+    for number, settings in enumerate([{}, {"output": "probability"}, {"method": "gausslegendre"}]):
+        paths.append(tmp_path / str(number) / "resnet50.zarr")
+        igstore.build_store(classifier(), images, paths[-1], n_steps=4, device="cpu", **settings)
+    found = evaluate(paths, models=[classifier()], p=[90, 50], order="attribution", out=tmp_path / "out")
+    tables = article_tables(found.rows)
+    assert [table.title.split(".")[0] for table in tables] == ["Table 1", "Table 2", "Table 3"] * 3
+    assert len({table.note.split("; p by")[0] for table in tables}) == 3
+    shown = [cell for table in tables if "Table 3" not in table.title for cell in table.groups[0][0][2:]]
+    assert len(shown) == len(found.rows) == 12
+    assert read_rows(tmp_path / "out") == found.rows
+
+
+def test_checkpoints_of_one_name_are_lines_of_their_own(store: Path, tmp_path: Path) -> None:
+    files = []
+    for seed in (3, 4):
+        (tmp_path / str(seed)).mkdir()
+        files.append(str(tmp_path / str(seed) / "best.pth"))
+        torch.save(Pooled(seed=seed).state_dict(), files[-1])
+    found = evaluate(store, models=["test_evaluate:by_name"] * 2, weights=files, p=50, order="attribution")
+    assert {row.weights for row in found.rows} == {"best.pth"}
+    for table in article_tables(found.rows):
+        names = [group[0][0] for group in table.groups]
+        assert names == [f"test_evaluate:by_name, {row.weights_sha256[:8]}" for row in found.rows[::2]]
+
+
+def test_a_store_and_its_copy_have_the_same_rows(store: Path, tmp_path: Path) -> None:
+    copy = igstore.export_store(make_store(tmp_path / "toy.zarr", N), tmp_path / "copy.zarr")
+    with pytest.raises(UserError, match=r"toy.zarr and .*copy.zarr hold the same maps, of the same settings"):
+        evaluate([store, copy], models=[classifier()], p=50)
+    twice = ["test_evaluate:by_name"] * 2
+    assert cli.run(main, [str(store), "--models", *twice]) == cli.MISUSED
+
+
+def test_networks_are_shown_what_the_store_prepares(store: Path) -> None:
+    named = evaluate(store, models=[classifier()], p=50, order="attribution").rows
+    for models in ([Pooled().eval()], Pooled().eval(), (Pooled().train(),), classifier()):
+        rows = evaluate(store, models=models, p=50, order="attribution").rows
+        assert [row.top1 for row in rows] == [row.top1 for row in named]
+    layers = nn.Sequential(Pooled(), nn.Identity()).eval()  # itself a sequence of networks
+    assert len(evaluate(store, models=layers, p=50, keep="top", order="attribution").rows) == 1
+    both = evaluate(store, models=[Pooled(seed=1), Pooled(seed=2)], p=50, keep="top", order="attribution").rows
+    assert len({group[0][0] for group in article_tables(both)[0].groups}) == 2
+
+
+@pytest.mark.parametrize(("p", "named"), [(0.5, "0.5"), ([90, 0.9, 0.1], "0.9, 0.1")], ids=str)
+def test_fractions_are_said_to_be_small_percentages(
+    store: Path, p: Any, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    several: list[Callable[[], object]] = [
+        lambda: evaluate(store, models=[classifier()], p=p, keep="top", order="attribution"),
+        lambda: igstore.keep_mask(store, p=p),
+        lambda: igstore.masked_view(store, p=p),
+        lambda: igstore.show_store(store, p=p),
+    ]
+    if isinstance(p, float):
+        several += [lambda: igstore.MaskedImageNet(store, p=p), lambda: igstore.MaskedImageNet(store).with_mask(p=p)]
+    for function in several:
+        caplog.clear()
+        function()
+        assert [record.getMessage() for record in caplog.records] == [
+            f"p is a percentage, from 0 to 100, so {named} is less than one percent; one half is 50"
+        ]
+    caplog.clear()
+    igstore.insertion_deletion(store, classifier(), steps=3, device="cpu")
+    for fine in (0, 1, 100, 50.5):
+        igstore.keep_mask(store, p=fine)
+    assert not caplog.records

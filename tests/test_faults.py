@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from igstore import cli, verify_store
 from igstore.__main__ import main
 from igstore.engine.attributor import Attributor
+from igstore.storage.presence import hold, writing
 from igstore.storage.reader import StoreReader
 
 N, SHARD_SIZE = 22, 8  # three shards, the last of six images
@@ -334,6 +336,130 @@ def test_a_store_that_is_replaced_while_it_is_built(run, store, folder, tmp_path
     assert files(store) == before
 
 
+# stopped, and woken in another world
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
+
+
+def is_ready(run: Run, seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def assert_nothing_lost(store: Path, n_images: int = N) -> None:
+    """Whatever is there is right, though something may be missing or left over."""
+    findings = verify_store(store)
+    assert [f for f in findings if not f.is_missing and "interrupted" not in f.problem] == []
+    assert StoreReader(store).n_images == n_images
+
+
+# every so many changes to files, for the few and for the many
+FEW, MANY = 67, pytest.param(1, id="any", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+each_change = pytest.mark.parametrize("every", [pytest.param(FEW, id="some"), MANY])
+
+
+@each_change
+@pytest.mark.parametrize("remove", [False, True], ids=["moved", "deleted"])
+def test_a_builder_that_wakes_in_another_store_writes_nothing_there(run, tmp_path, store, folder, whole, remove, every):
+    """One of the same settings, so that nothing but the folder tells them apart."""
+    n_stops = 0
+    for event in range(4, 400, every):
+        first = run(*build(folder, store), fault=("stop_at", event))
+        first.until(lambda pid=first.pid: stopped(pid))
+        if is_ready(first, 0):
+            assert first.wait() == cli.DONE
+            break
+        n_stops += 1
+        if store.exists():
+            shutil.rmtree(store) if remove else store.rename(tmp_path / f"aside {event}")
+        assert run(*build(folder, store)).wait() == cli.DONE
+        before = files(store)
+        os.kill(first.pid, signal.SIGCONT)
+        assert first.wait() in (cli.DONE, cli.MISUSED), first.said
+        assert "Traceback" not in first.said
+        assert verify_store(store) == []
+        assert files(store) == before
+        assert {path.suffix for path in store.parent.iterdir()} == {".zarr"}, list(store.parent.iterdir())
+        shutil.rmtree(store)
+    assert n_stops >= 3
+
+
+@each_change
+def test_a_builder_that_is_stopped_while_another_extends_its_store(run, store, folder, whole, every):
+    n_stops = 0
+    for event in range(4, 400, every):
+        first = run(*build(folder, store, "--limit", 11), fault=("stop_at", event))
+        first.until(lambda pid=first.pid: stopped(pid))
+        if is_ready(first, 0):
+            assert first.wait() == cli.DONE
+            break
+        n_stops += 1
+        second = run(*build(folder, store))
+        is_ready(second, 0.6)  # unless it waits for the first one
+        os.kill(first.pid, signal.SIGCONT)
+        assert first.wait() in (cli.DONE, cli.MISUSED), first.said
+        assert second.wait() in (cli.DONE, cli.MISUSED), second.said
+        assert "Traceback" not in first.said + second.said
+        assert_nothing_lost(store, StoreReader(store).n_images)
+        assert run(*build(folder, store)).wait() == cli.DONE
+        assert_undisturbed(store, whole)
+        shutil.rmtree(store)
+    assert n_stops >= 3
+
+
+@pytest.mark.parametrize("first_is", ["extending", "ranking"])
+@each_change
+def test_extending_and_ranking_lose_nothing_of_each_other(run, tmp_path, store, folder, whole, first_is, every):
+    """One stopped at a change to a file, the other at its work meanwhile."""
+    begun = tmp_path / "begun.zarr"
+    assert run(*build(folder, begun, "--limit", 11, "--no-rank")).wait() == cli.DONE
+    extending, ranking = [*build(folder, store), "--no-rank"], ["rank", store]
+    n_stops = 0
+    for event in range(4, 400, every):
+        shutil.rmtree(store, ignore_errors=True)
+        shutil.copytree(begun, store)
+        argv, others = (extending, ranking) if first_is == "extending" else (ranking, extending)
+        first = run(*argv, fault=("stop_at", event))
+        first.until(lambda pid=first.pid: stopped(pid))
+        if is_ready(first, 0):
+            assert first.wait() == cli.DONE
+            break
+        n_stops += 1
+        second = run(*others)
+        is_ready(second, 0.6)
+        os.kill(first.pid, signal.SIGCONT)
+        said = {first.wait(), second.wait()}
+        assert said <= {cli.DONE, cli.FAILED, cli.MISUSED}, first.said + second.said  # a ranking of maps that are gone
+        assert "Traceback" not in first.said + second.said
+        assert_nothing_lost(store)
+        assert (first if first_is == "extending" else second).status == cli.DONE
+        assert StoreReader(store).attributes["complete"]
+        assert run("rank", store).wait() == cli.DONE
+        assert_undisturbed(store, whole)
+    assert n_stops >= 2
+
+
+def test_whoever_is_waited_for_is_named_and_waiting_can_be_interrupted(run, store, folder, whole):
+    shutil.copytree(whole, store)
+    (store / "records/00002.json").unlink()
+    with hold(store) as held, writing(held):
+        waiting, other = run(*build(folder, store)), run(*build(folder, store))
+        for process in (waiting, other):
+            process.until(lambda said=process: f"waiting for process {os.getpid()} on " in said.said)
+        os.kill(other.pid, signal.SIGINT)
+        assert other.wait() == cli.INTERRUPTED
+    assert waiting.wait() == cli.DONE
+    assert run(*build(folder, store)).wait() == cli.DONE
+    assert_undisturbed(store, whole)
+
+
 # several at once
 
 
@@ -431,6 +557,7 @@ def test_a_smaller_limit_goes_on_with_what_the_store_lists(run, store, folder, w
         ("Named", "returns dict; a classifier returns a tensor"),
         ("Noisy", r"for image image_00\d: something in its forward pass is random"),
         ("Broken", "the network failed (RuntimeError: "),
+        ("Leaving", "the network failed (SystemExit: 0)"),
     ],
 )
 def test_a_network_that_is_no_classifier(run, store, folder, model, says):
@@ -545,6 +672,44 @@ MISTAKES = [
     "verify {store} --recompute 2 --data {nowhere}",
     "verify {store} --recompute 2 --seed -1",
 ]
+
+
+def test_code_that_ends_the_program_does_not_make_it_look_done(folder, store, monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (tmp_path / "leaving_module.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for model in ("networks:leaving", "leaving_module:network"):
+        argv = ["build", "--model", model, "--data", folder, "--store", store]
+        assert main(list(map(str, argv))) == cli.MISUSED
+        assert f"{model} called sys.exit(" in capsys.readouterr().err
+    assert not store.exists()
+
+    def command(_argv: object) -> int:
+        sys.exit(0)  # anything else of a user's that a command calls
+
+    assert cli.run(command, []) == cli.FAILED
+    assert "sys.exit(0)" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as asked:
+        main(["build", "--help"])
+    assert asked.value.code == cli.DONE
+
+
+@pytest.mark.parametrize("there", ["a store", "an empty folder", "nothing"])
+def test_a_store_that_is_a_link_is_built_where_it_leads(run, store, folder, whole, tmp_path, there):
+    target = tmp_path / "elsewhere" / "model.zarr"
+    target.parent.mkdir()
+    if there == "a store":
+        shutil.copytree(whole, target)
+        (target / "attribution/c/0/0/0").write_bytes(b"")
+    elif there == "an empty folder":
+        target.mkdir()
+    store.symlink_to(target)
+    process = run(*build(folder, store, "--overwrite"))
+    assert process.wait() == cli.DONE, process.said
+    assert store.is_symlink()
+    assert_undisturbed(store, whole)
+    assert files(target) == files(whole)
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("line", MISTAKES, ids=lambda line: line or "nothing")

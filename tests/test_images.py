@@ -10,17 +10,21 @@ import os
 import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 import torch
@@ -176,7 +180,7 @@ def test_tar_equals_folder(official: Path, unpacked: Path, split: Any) -> None:
 def test_val_labels_are_the_truth(official: Path) -> None:
     images = find_images(official)
     assert dict(zip(images.ids, images.labels.tolist(), strict=True)) == TRUTH
-    assert images.labels.dtype == np.int16
+    assert images.labels.dtype == np.int32
     assert not images.labels.flags.writeable
     assert images.class_names is not None
     assert images.wnids is not None
@@ -279,6 +283,54 @@ def test_a_damaged_devkit_is_refused(official: Path, devkit: dict[str, bytes], d
     data = tar_bytes(members, "w:gz")
     write(official / "ILSVRC2012_devkit_t12.tar.gz", data[: len(data) // 2] if damage == "archive" else data)
     with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz is damaged"):
+        find_images(official)
+
+
+def nothing(window: int, *first: bytes) -> bytes:
+    """So many bytes, and then 256 MB of zeros, compressed."""
+    made = zlib.compressobj(9, zlib.DEFLATED, window)
+    return b"".join(map(made.compress, [*first, *[bytes(2**20)] * 256])) + made.flush()
+
+
+def bomb(kind: str, devkit: dict[str, bytes]) -> bytes:
+    """The packed devkit, made to cost a quarter of a gigabyte."""
+    if kind == "zeros":
+        return nothing(31)
+    if kind == "a long name":  # whose length a header says, and which is read at once
+        header = tarfile.TarInfo("name")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**28
+        return nothing(31, header.tobuf(tarfile.GNU_FORMAT))
+    _, meta, _ = devkit
+    packed = nothing(15, struct.pack("<II", 14, 2**28))
+    content = devkit[meta][:128] + struct.pack("<II", 15, len(packed)) + packed
+    return tar_bytes(devkit | {meta: content}, "w:gz")
+
+
+@pytest.mark.parametrize("kind", ["zeros", "a long name", "a large table"])
+def test_a_devkit_that_is_far_larger_than_it_looks_costs_little(
+    official: Path, devkit: dict[str, bytes], kind: str
+) -> None:
+    (official / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(bomb(kind, devkit))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="is damaged, or not the devkit"):
+            find_images(official)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2e8
+
+
+@pytest.mark.parametrize("what", ["labels", "devkit"])
+def test_a_pipe_instead_of_labels_is_not_waited_for(official: Path, tmp_path: Path, what: str) -> None:
+    if what == "devkit":
+        file = official / "ILSVRC2012_devkit_t12.tar.gz"
+        file.unlink()
+    else:
+        write(tmp_path / "flat/a.png", encoded(picture("a.png")))
+        official, file = tmp_path / "flat", tmp_path / "flat/labels.csv"
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="not a regular file"):
         find_images(official)
 
 
@@ -440,7 +492,7 @@ def test_a_bare_name_that_is_not_unique_names_nothing(tmp_path: Path) -> None:
         ("file,class_index\na.jpg,1\nphotos/a.jpg,2\n", r"two labels to 'a\.jpg'"),
         ("file,class_index\n,1\n", "line 2 names no file"),
         ("file,class_index\na.jpg,cat\n", "line 2: class_index is 'cat'"),
-        ("file,class_index\na.jpg,40000\n", "a label is 40000"),
+        ("file,class_index\na.jpg,4000000000\n", "a label is 4000000000"),
         ("file,class_index\na.jpg,-2\n", "a label is -2"),
         ("file,wnid\na.jpg,n00001740\n", "line 2: 'n00001740' is not one of"),
         (f"file,wnid,class_index\na.jpg,{WNIDS[5]},6\n", "line 2: class_index is 6, but n01496331 is class 5"),
@@ -732,6 +784,21 @@ def test_targets_spare_the_pass_over_a_dataset() -> None:
         images.read(1)
 
 
+@pytest.mark.parametrize("change", ["order", "labels"])
+def test_targets_of_other_items_are_refused(change: str) -> None:
+    items = [(picture(str(index)), index) for index in range(5)]
+
+    class Changed(Dataset):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__((index + 2) % 5 if change == "order" else index)
+            return image, label + (change == "labels")
+
+    with pytest.raises(UserError, match=r"images\[0\] has the label [12], but images.targets\[0\] is 0"):
+        as_image_list(Changed(items, targets=list(range(5))))
+    hot = [(image, torch.nn.functional.one_hot(torch.tensor(label), 5).float()) for image, label in items]
+    assert as_image_list(Dataset(hot, targets=list(range(5)))).labels.tolist() == list(range(5))
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_broken_image_of_a_dataset_is_found_when_read(broken: int) -> None:
     items: list[Any] = [(picture("0"), 3), (picture("1"), 4)]
@@ -778,6 +845,8 @@ PICTURE = Image.new("RGB", (4, 4))
         (Path("/data/imagenet"), r"find_images\(path\)"),
         ({"a": PICTURE}, "a dict"),
         (iter([("a", PICTURE, 1)]), "list_iterator"),
+        (pd.Series([("b", PICTURE, 1), ("a", PICTURE, 0)], index=[1, 0]), "a Series"),
+        (pd.DataFrame({"id": ["a"], "image": [PICTURE], "label": [1]}), "a DataFrame"),
         (np.zeros((3, 4, 4, 3), np.uint8), r"a ndarray of shape \(3, 4, 4, 3\)"),
         ([], "empty"),
         ([PICTURE], r"images\[0\] is a Image"),
@@ -787,7 +856,7 @@ PICTURE = Image.new("RGB", (4, 4))
         ([(0, PICTURE, 1)], r"images\[0\] is a int"),
         ([("a", PICTURE, "cat")], "the label .* is a str"),
         ([("a", PICTURE, 1.0)], "the label .* is a float"),
-        ([("a", PICTURE, 32768)], "a label is 32768"),
+        ([("a", PICTURE, 2**31)], "a label is 2147483648"),
         ([("a", PICTURE, -2)], "a label is -2"),
         ([("\udcff", PICTURE, 1)], "not valid Unicode"),
         ([("a", np.zeros((3, 8, 8), np.uint8), 1)], r"shape \(3, 8, 8\) and dtype uint8"),

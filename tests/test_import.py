@@ -8,18 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import xarray as xr
 import zarr
 from captum.attr import IntegratedGradients, Saliency
 from PIL import Image
 from stores import make_store
 from test_curves import Patterns
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
-from igstore import build_store, cli, evaluate, import_maps, insertion_deletion, show_store, store_info, verify_store
+from igstore import (
+    build_store,
+    cli,
+    evaluate,
+    import_maps,
+    insertion_deletion,
+    open_store,
+    show_store,
+    store_info,
+    verify_store,
+)
 from igstore.building.given_maps import GivenMaps
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, UserError
+from igstore.images import as_image_list, find_images
 from igstore.imported import main
 from igstore.models import Classifier, classifier_from_module
 from igstore.normalisation import normalise
@@ -129,7 +144,8 @@ def test_it_is_a_store_like_any_other(imported):
     assert {row.n for row in rows} == {N}
     assert {row.method for row in rows} == {f"captum {store.parent.name.rstrip('0123456789')}"}
     assert f"(made by {rows[0].method}, prediction as target)" in article_tables(rows)[0].note
-    assert evaluate(store, p=50, device="cpu").rows[0].model == "test_import:by_name"
+    named = "test_import:by_name"
+    assert evaluate(store, models=[named], p=50, device="cpu").rows[0].model == named
     assert show_store(store, p=50).size > (0, 0)
     image, label = MaskedImageNet(store, p=50, keep="bottom")[2]
     assert (image.shape, label) == ((3, *SIZE), 2)
@@ -211,6 +227,175 @@ def test_maps_of_the_first_images_only(tmp_path):
     maps = explained("Saliency")[:4]
     info = import_maps(maps, by_name(), pictures(), tmp_path / "some.zarr", made_by="captum", limit=4, device="cpu")
     assert (info.n_images, info.n_built) == (4, 4)
+
+
+# --- Which image a map is of: map i is of images[i]
+
+
+class Given:
+    """Anything with a length and items: a sequence that reads its images when they are asked for."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+NAMES = ["zebra", "apple", "mango", "10", "9", "Zoo", "étude"]  # nothing sorts them so
+
+
+def write_tree(folder: Path, tree: dict[str, list[str]]) -> list[str]:
+    """Make images, by folder, and return their paths."""
+    for kind, names in tree.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            Image.fromarray(pictures()[0][1]).save(folder / kind / name)
+    return [name if kind == "." else f"{kind}/{name}" for kind, names in tree.items() for name in names]
+
+
+def as_folders(folder: Path) -> tuple[Any, list[str]]:
+    write_tree(folder, {"ant": ["z.png"], "bee": ["x.png", "y.png"]})
+    return ImageFolder(folder), ["z", "x", "y"]  # classes come first
+
+
+def as_list_of_folders(folder: Path) -> tuple[Any, list[str]]:
+    return as_image_list(as_folders(folder)[0]), ["x", "y", "z"]
+
+
+ARRAY = pictures()[0][1]
+KINDS: dict[str, Any] = {
+    "list": lambda _: ([(name, ARRAY, 0) for name in NAMES], NAMES),
+    "tuple": lambda _: (tuple((name, ARRAY, None) for name in NAMES), NAMES),
+    "own sequence": lambda _: (Given([(name, ARRAY, 0) for name in NAMES]), NAMES),
+    "ImageList": lambda _: (as_image_list([(name, ARRAY, 0) for name in NAMES]), sorted(NAMES)),
+    "data set of pairs": lambda _: (Given([(ARRAY, 0)] * 12), [f"{index:02d}" for index in range(12)]),
+    "ImageFolder": as_folders,
+    "ImageList of an ImageFolder": as_list_of_folders,
+    "subset": lambda folder: (Subset(as_folders(folder)[0], [2, 0]), ["0", "1"]),
+}
+
+
+def stored_constants(store: Path) -> dict[str, float]:
+    """What the constant map of each image is, by id."""
+    values = stored(store, "attribution")[:, 0, 0].astype(float) * stored(store, "scale")
+    return dict(zip(stored(store, "image_id").tolist(), values.tolist(), strict=True))
+
+
+def import_constants(images: Any, n: int, store: Path, **options: Any) -> dict[str, float]:
+    maps = np.ones((n, *SIZE), np.float32) * np.arange(1, n + 1, dtype=np.float32)[:, None, None]
+    import_maps(maps, by_name(), images, store, **{"made_by": "hand", "device": "cpu", "rank": False} | options)
+    return stored_constants(store)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_map_i_is_of_image_i(kind, tmp_path):
+    images, ids = KINDS[kind](tmp_path / "images")
+    found = import_constants(images, len(ids), tmp_path / "maps.zarr")
+    assert found == {image_id: index for index, image_id in enumerate(ids, start=1)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [list, tuple, np.array, pd.Index, lambda ids: pd.Series(ids, index=range(len(ids))[::-1]), xr.DataArray],
+    ids=["list", "tuple", "array", "index", "column", "DataArray"],
+)
+def test_ids_of_any_kind_say_the_order(make, tmp_path):
+    order = NAMES[::-1]
+    images = [(name, ARRAY, 0) for name in NAMES]
+    found = import_constants(images, len(order), tmp_path / "maps.zarr", ids=make(order))
+    assert found == {image_id: index for index, image_id in enumerate(order, start=1)}
+
+
+def test_maps_may_name_their_images(tmp_path):
+    images = [(name, ARRAY, 0) for name in NAMES]
+    import_constants(images, len(NAMES), tmp_path / "one.zarr")
+    with_names = open_store(tmp_path / "one.zarr").attribution[::-1]
+    assert with_names.image.values.tolist() != NAMES
+    import_maps(with_names, by_name(), images, tmp_path / "other.zarr", made_by="hand", device="cpu")
+    assert stored_constants(tmp_path / "other.zarr") == stored_constants(tmp_path / "one.zarr")
+
+
+@pytest.mark.parametrize(
+    "ids", ["ids.txt", list(range(7)), pd.DataFrame({"id": NAMES}), iter(NAMES), Path("ids")], ids=repr
+)
+def test_what_is_no_list_of_ids(ids, tmp_path):
+    with pytest.raises(UserError, match="must be a list of the images' ids, such as '10'"):
+        import_constants([(name, ARRAY, 0) for name in NAMES], 7, tmp_path / "maps.zarr", ids=ids)
+
+
+def test_a_limit_must_mean_the_same_images(tmp_path):
+    images = [(name, ARRAY, 0) for name in ("b", "a", "d", "c")]
+    assert import_constants(images, 2, tmp_path / "two.zarr", limit=2) == {"b": 1, "a": 2}
+    with pytest.raises(UserError, match="limit is 3, which means the first images by id"):
+        import_constants(images, 3, tmp_path / "three.zarr", limit=3)
+    found = import_constants(images, 3, tmp_path / "three.zarr", limit=3, ids=["c", "b", "a"])
+    assert found == {"c": 1, "b": 2, "a": 3}
+
+
+# names of folders and files, and whether every way to sort them is one
+TREES = {
+    "flat": ({".": ["a.png", "b.png", "c.png"]}, True),
+    "folders whose files come in their order": ({"ant": ["1.png", "2.png"], "bee": ["3.png"]}, True),
+    "stems against folders": ({"ant": ["2.png"], "bee": ["1.png"]}, False),
+    "stems against names": ({".": ["pic.png", "pic-1.png"]}, False),
+    "a folder whose name begins another's": ({"a": ["y.png"], "a-b": ["x.png"]}, False),
+    "stems that collide": ({"a": ["1.png", "5.png"], "b": ["1.png"]}, False),
+    "mixed extensions": ({".": ["a.png", "a1.bmp", "b.png"]}, True),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_of_a_path_the_order_must_be_beyond_doubt(tree, tmp_path, monkeypatch, capsys):
+    content, is_plain = TREES[tree]
+    paths = write_tree(tmp_path / "images", content)
+    monkeypatch.chdir(tmp_path)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,class_index\n")
+    arguments = ["maps.npy", "--made-by", "hand", "--images", "images", "--labels", "labels.csv"]
+    arguments += ["--model", "test_import:by_name", "--device", "cpu"]
+    np.save("maps.npy", np.ones((len(paths), *SIZE), np.float32))
+    assert cli.run(main, arguments) == (cli.DONE if is_plain else cli.MISUSED)
+    said = capsys.readouterr().err
+    if is_plain:
+        ids = stored(tmp_path / "maps.zarr", "image_id").tolist()
+        assert f"maps in the order of the image ids: the first is of {ids[0]}, the last of {ids[-1]}\n" in said
+    else:
+        assert "which image is a map of?" in said
+        assert "give --ids" in said
+        with pytest.raises(UserError, match=r"by path after it: give ids, the images' ids"):
+            import_constants("images", len(paths), tmp_path / "maps.zarr", labels=labels)
+        assert not (tmp_path / "maps.zarr").exists()
+    listed = find_images("images", labels=labels)
+    shuffled = list(listed.ids)[::-1]
+    found = import_constants("images", len(paths), tmp_path / "other.zarr", labels=labels, ids=shuffled)
+    assert found == {image_id: index for index, image_id in enumerate(shuffled, start=1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_tensor_is_as_good_as_its_array(dtype, tmp_path):
+    maps = torch.from_numpy(explained("Saliency")).to(dtype).requires_grad_()
+    options: dict[str, Any] = {"made_by": "captum", "device": "cpu"}
+    import_maps(2 * maps, by_name(), pictures(), tmp_path / "tensor.zarr", **options)
+    array = (2 * maps).detach().to(torch.float32 if dtype == torch.bfloat16 else dtype).numpy()
+    import_maps(array, by_name(), pictures(), tmp_path / "array.zarr", **options)
+    one, other = (StoreReader(tmp_path / f"{name}.zarr") for name in ("tensor", "array"))
+    assert one.spec == other.spec
+    np.testing.assert_array_equal(one.array("attribution").read(range(N)), other.array("attribution").read(range(N)))
+
+
+def test_what_becomes_an_array_is_as_good_as_one(tmp_path):
+    maps, store = explained("Saliency"), tmp_path / "maps.zarr"
+    options: dict[str, Any] = {"made_by": "captum", "device": "cpu"}
+    import_maps(maps, by_name(), pictures(), store, **options)
+    for other in (list(maps), xr.DataArray(maps), np.asfortranarray(maps), maps.astype(">f4"), zarr.array(maps)):
+        assert import_maps(other, by_name(), pictures(), store, **options).n_built == N  # the same sha256, or refused
+    for wrong in (None, 3.5, [maps[0], maps[1][:, :-1]], {"maps": maps}, torch.ones(7, *SIZE, dtype=torch.int32)):
+        with pytest.raises(UserError, match=r"^the maps are"):
+            import_maps(wrong, by_name(), pictures(), store, **options)
 
 
 # --- What goes wrong

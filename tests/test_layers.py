@@ -14,15 +14,16 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors names reading schema files addresses progress cli commands completion parts
+errors locks names reading wording schema files addresses progress cli commands completion parts
 freed_memory quadrature blocks masks memory modules convolutions activations fusion acceleration
 backward stem
-imagenet images normalisation weights baselines models attribution layout zarr_metadata given_maps hdf5
-mapped cache servers remote sources arrays zarr_form hdf5_form reader store
+imagenet images normalisation weights baselines models binary attribution layout zarr_metadata given_maps hdf5
+mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair
-staging presence decoding pixels masking schedulers
+decoding pixels masking schedulers
 views dataset batches
-devices provenance plan attributor importer shards worker processes cluster proportions results tables results_folder
+devices provenance plan attributor importer shards worker processes cluster proportions results texts tables
+results_folder
 info rank recompute verify
 appearing copies hdf5_writer interchange export merge
 builder hiring forecast build imported
@@ -32,12 +33,12 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors names reading schema files addresses progress cli commands completion parts schedulers build
+errors locks names reading wording schema files addresses progress cli commands completion parts schedulers build
 imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
-mapped cache servers remote sources arrays zarr_form hdf5_form reader store
-contents integrity repair staging presence decoding pixels masking views info rank verify
+mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+contents integrity repair decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge
-show view proportions results tables
+show view proportions results texts tables
 results_folder charts curves findings figures summaries page sections report
 """.split()
 

@@ -26,7 +26,7 @@ def place(tmp_path_factory) -> Path:
         lay_out_photographs(folder / "photographs")
     except igstore.UserError as error:
         pytest.skip(str(error))
-    for home in sorted((folder / "photographs").iterdir())[4:]:
+    for home in sorted((folder / "photographs").iterdir())[9:]:  # more than a batch of the quick start's
         shutil.rmtree(home)
     store = folder / "demo" / "efficientnet_lite0.zarr"
     igstore.build_store("efficientnet_lite0", folder / "photographs", store, target="label", n_steps=6)
@@ -69,6 +69,13 @@ def test_it_runs(path, place, monkeypatch):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 2
+    if path.stem == "quickstart":
+        said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+        found = igstore.evaluate(
+            place / "demo" / "efficientnet_lite0.zarr", p=[0, 30, 50], keep="bottom", order="attribution"
+        )
+        right = {f"{row.p:g}": row.top1 for row in found.rows}
+        assert said.split("\n")[-4:-1] == [f"without the top {p:>2}%: {right[p]:.0f}% right" for p in ("0", "30", "50")]
     assert not [
         output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"
     ]

@@ -38,9 +38,8 @@ def place(tmp_path_factory) -> Path:
         (f"picture_{index}", Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)), index)
         for index in range(4)
     ]
-    igstore.build_store(
-        igstore.load_classifier("networks:Smooth", crop=24), pictures, folder / "resnet50.zarr", n_steps=2
-    )
+    classifier = igstore.load_classifier("shufflenet_v2_x0_5", "random", crop=24)
+    igstore.build_store(classifier, pictures, folder / "resnet50.zarr", n_steps=2)
     return folder
 
 

@@ -17,7 +17,9 @@ from PIL import Image
 from scipy.stats import binomtest
 from stores import CLASS_NAMES, make_store
 
+from igstore import cli
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
+from igstore.evaluate import Evaluation
 from igstore.masking import MaskedImages, MaskOptions
 from igstore.report import make_report
 from igstore.reporting.charts import LOOKS, look_in_turn
@@ -48,10 +50,10 @@ def shown(store: Path, cells: Sequence[MaskOptions] = CELLS, **pairing: Any) -> 
     labels = reader.scalars("label")[images]
     visible = np.stack([np.ones(len(images)), *(source.masks(images, cell).mean(axis=(1, 2)) for cell in cells)])
     model = pairing.get("model", "toy")
-    random = np.random.default_rng([*model.encode()])
+    random = np.random.default_rng([*model.encode(errors="replace")])
     right = random.random(visible.shape) < 0.1 + 0.8 * visible
     wrong = (labels + random.integers(1, 5, visible.shape)) % 5
-    prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int16)
+    prediction = np.where(right & (labels >= 0), labels, wrong).astype(np.int32)
     spec = reader.spec
     fields = {
         "store": store.name,
@@ -452,6 +454,16 @@ def test_sections_without_content_are_left_out(store, tmp_path, cells, missing):
     assert not any("random" in line["series"] for line in read_csv(tmp_path / "report_files" / "accuracy_by_p.csv"))
 
 
+@pytest.mark.parametrize("error", [0.0, np.inf], ids=["all 0", "all infinite"])
+def test_completeness_errors_that_no_logarithm_has(store, tmp_path, error):
+    one = shown(store)
+    one.completeness_error[:] = error
+    make_report(write(tmp_path / "results", [one]), tmp_path / "report.html")
+    drawn = {float(line["completeness error"]) for line in read_csv(tmp_path / "report_files" / "completeness.csv")}
+    assert drawn == ({0.0} if error == 0 else set())
+    assert (tmp_path / "report_files" / "completeness.png").exists()
+
+
 def test_errors_of_zero_and_infinity_and_varying_steps(store, tmp_path):
     one = shown(store)
     one.completeness_error[:] = np.resize(np.float32([0, np.inf, 0.02, 0.3]), len(one.labels))
@@ -475,6 +487,23 @@ def test_hostile_names_are_only_words(tmp_path):
     assert html.count("<style") == html.count("</style")
     assert HOSTILE in "".join(page.words)
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_no_command_of_a_terminal_and_no_tag_gets_into_a_file(tmp_path):
+    hostile = f"\x1b[2J\x9b31m\ud800\x07|{HOSTILE}[x](javascript:y)`"
+    path = make_store(tmp_path / "toy.zarr", 24, class_names=(hostile, *"abcd"), model=hostile, weights=hostile)
+    results = write(tmp_path / "results", [shown(path, model=hostile, device=hostile)])
+    make_report(results, tmp_path / "report.html", stores=[path])
+    texts = [file for file in tmp_path.rglob("*") if file.suffix in (".csv", ".md", ".html", ".htm")]
+    assert {file.suffix for file in texts} == {".csv", ".md", ".html"}
+    for file in texts:
+        text = file.read_text("utf-8")
+        assert cli.printable(text) == text, file
+    tables = (results / "tables.md").read_text()
+    assert not re.search(r"<\w|(?<!\\)[`\[\]]", tables)
+    lines = [line for line in tables.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert columns <= {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("| model")}
 
 
 # Mistakes
@@ -541,3 +570,53 @@ sys.exit(",".join({{"torch", "matplotlib.pyplot"}} & set(sys.modules)) or 0)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{out}: open it in a browser; 12 figures and tables in {out.parent / 'report_files'}\n"
     assert out.read_bytes() == report.read_bytes()
+
+
+# What is said of maps that were made elsewhere, and of evaluations that were not written
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of imported maps."""
+    imported = {"method": "imported", "n_steps": 0, "maps_by": "captum Saliency", "maps_sha256": "d" * 64}
+    return make_store(tmp_path_factory.mktemp("given") / "given.zarr", N, shard_size=20, **imported)
+
+
+def of_imported(store: Path) -> Shown:
+    return shown(store, method="captum Saliency", model="toy")
+
+
+def test_imported_maps_are_not_called_integrated_gradients(given, tmp_path):
+    results = write(tmp_path / "results", [of_imported(given)])
+    make_report(results, tmp_path / "report.html", stores=[given])
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "captum Saliency says how much each block" in page.text
+    assert "Integrated Gradients" not in page.text
+    assert "Imported, and not scored: toy (captum Saliency)" in page.text
+    assert "within 5%" not in page.text
+    assert "gradient evaluation" not in page.text
+    assert not (tmp_path / "report_files" / "completeness.png").exists()
+
+
+def test_both_kinds_of_maps_beside_each_other(given, store, tmp_path):
+    results = write(tmp_path / "results", [of_imported(given), shown(store, model="second")])
+    make_report(results, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "captum Saliency and Integrated Gradients say how much each block" in page.text
+    assert "Imported, and not scored: toy, given.zarr (captum Saliency)" in page.text
+    [effort] = [
+        table
+        for table in re.findall(r"<table>.*?</table>", (tmp_path / "report.html").read_text(), re.DOTALL)
+        if "within 5%" in table
+    ]
+    assert "toy, toy.zarr" in effort
+    assert "given.zarr" not in effort
+
+
+def test_an_evaluation_in_memory_makes_the_same_page(results, store, report, tmp_path):
+    evaluation = Evaluation(measure(shown(store), CELLS), predictions([shown(store)], CELLS))
+    make_report(evaluation, tmp_path / "report.html", stores=[store])
+    assert (tmp_path / "report.html").read_bytes() == report.read_bytes()
+    for wrong in (evaluation.rows, None, 3):
+        with pytest.raises(UserError, match=r"results is a .*; it must be what evaluate returned, or the folder"):
+            make_report(wrong, tmp_path / "other.html")

@@ -238,6 +238,8 @@ def test_the_command_writes_a_picture(store, tmp_path, capsys):
         assert written.tobytes() == expected.tobytes()
     assert capsys.readouterr().out == f"{out}: {expected.width}x{expected.height} pixels\n"
     assert [path.name for path in out.parent.iterdir()] == ["masks.png"]
+    assert main([str(store), *arguments]) == cli.DONE
+    assert capsys.readouterr().err == f"note: {out} is there, and is replaced\n"
 
 
 @pytest.mark.parametrize("name", ["masks.jpg", "folder.png"])

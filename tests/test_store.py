@@ -11,7 +11,7 @@ import pytest
 import tensorstore
 import xarray as xr
 import zarr
-from stores import checksum, mapped_file
+from stores import checksum, mapped_file, text
 
 from igstore.errors import (
     DamagedStoreError,
@@ -23,7 +23,7 @@ from igstore.errors import (
 from igstore.schema import BUILT, BuildSpec, Preprocessing
 from igstore.storage import files, layout
 from igstore.storage.reader import StoreReader
-from igstore.storage.store import create_store, extend_store, finish_store, write_shard
+from igstore.storage.store import create_store, extend_store, finish_store, metadata, write_shard
 
 SPEC = BuildSpec(
     model="model",
@@ -49,15 +49,16 @@ def shard_arrays(spec: BuildSpec, first: int, last: int) -> dict[str, np.ndarray
     arrays["scale"][:] = 2.0 ** random.integers(-20, 20, last - first)
     arrays["prediction"][:] = random.integers(0, 10, last - first)
     arrays["status"][:] = BUILT
-    return arrays
+    return arrays | layout.listed(spec, IDS[first:last], LABELS[first:last])
+
+
+IDS = [f"image_{i:04d}" for i in range(30)]
+LABELS = np.arange(30, dtype=np.int32) % 5 - 1
 
 
 def make(path: Path, spec: BuildSpec = SPEC, n: int = 10, shards: list[int] | None = None) -> dict[str, np.ndarray]:
     """A store of `n` images, the given shards of it written; returns what all shards would hold."""
-    labels = np.arange(n, dtype=np.int16) % 5 - 1
-    create_store(
-        path, spec, image_ids=[f"image_{i:04d}" for i in range(n)], labels=labels, attributes={"complete": False}
-    )
+    create_store(path, spec, image_ids=IDS[:n], labels=LABELS[:n], attributes={"complete": False})
     parts = []
     for shard in range(layout.shard_count(n, spec.shard_size)):
         first, last = layout.shard_bounds(shard, n, spec.shard_size)
@@ -208,7 +209,7 @@ def test_anything_but_a_whole_shard_is_refused_and_nothing_is_written(path, spoi
 
 
 def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
-    monkeypatch.setattr("igstore.storage.store.consolidate", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.Folder, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         make(path)
     assert list(path.parent.iterdir()) == []
@@ -233,13 +234,12 @@ def test_a_deleted_store_is_not_resurrected(path):
 @pytest.mark.parametrize(("n", "more"), [(8, 10), (10, 11), (10, 30)], ids=lambda n: str(n))
 def test_a_store_grows_and_keeps_its_whole_shards(path, n, more):
     expected = make(path, n=n)
-    ids, labels = [f"image_{i:04d}" for i in range(more)], np.arange(more, dtype=np.int16) % 5 - 1
-    extend_store(path, image_ids=ids, labels=labels)
+    extend_store(path, image_ids=IDS[:more], labels=LABELS[:more])
     store = StoreReader(path)
     whole = n - n % 4
     assert store.n_images == more
-    assert list(store.image_ids) == ids
-    np.testing.assert_array_equal(store.scalars("label"), labels)
+    assert list(store.image_ids) == IDS[:more]
+    np.testing.assert_array_equal(store.scalars("label"), LABELS[:more])
     assert store.not_built.tolist() == list(range(whole, more))
     np.testing.assert_array_equal(store.array("pixels").read(range(whole)), expected["pixels"][:whole])
     for shard in store.missing_shards:
@@ -247,6 +247,81 @@ def test_a_store_grows_and_keeps_its_whole_shards(path, n, more):
         write_shard(path, SPEC, more, shard, shard_arrays(SPEC, first, last), RECORD)
     assert StoreReader(path).is_complete
     np.testing.assert_array_equal(xr.open_zarr(path)["status"], np.ones(more))
+
+
+@pytest.mark.parametrize("name", layout.LISTED)
+@pytest.mark.parametrize("spoil", [lambda c: bytes([c[0] ^ 1]) + c[1:], lambda c: c[::-1], lambda c: c + c])
+def test_a_list_that_is_damaged_before_a_shard_is_written_is_not_what_is_recorded(path, name, spoil):
+    make(path, shards=[0])
+    file = path / layout.shard_file(name, 1, 1)
+    before = file.read_bytes()
+    file.write_bytes(spoil(before))
+    write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert file.read_bytes() == before
+    entry = StoreReader(path).records[1]["files"][layout.shard_file(name, 1, 1)]
+    assert entry == checksum(before)
+
+
+@pytest.mark.parametrize("n", [9, 10])
+def test_readers_of_a_store_that_is_being_extended_see_what_it_was(path, n):
+    """The arrays' metadata are longer already, and the root's are not."""
+    expected = make(path, n=n)
+    longer = metadata(SPEC, 20, {})
+    for name in layout.variables(SPEC):
+        (path / name / "zarr.json").write_bytes(longer[f"{name}/zarr.json"])
+    store = StoreReader(path)
+    for name in ("attribution", "pixels", "scale"):
+        np.testing.assert_array_equal(store.values(name, 2, store.records[2]), expected[name][8:])
+    np.testing.assert_array_equal(store.array("attribution").read(range(n)), expected["attribution"])
+    assert len(store.array("pixels")) == n
+
+
+@pytest.mark.parametrize("n", [1, 9, 30])
+def test_lists_are_what_zarr_writes(path, tmp_path, n):
+    ids = [("é" if i % 2 else "") + f"image {i}" * (i % 7) for i in range(n)]
+    create_store(path, SPEC, image_ids=ids, labels=LABELS[:n], attributes={})
+    for name, values in (("image_id", text(ids)), ("label", LABELS[:n])):
+        metadata = json.loads((path / name / "zarr.json").read_text())
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zarr.json").write_text(json.dumps(metadata))
+        zarr.open_array(tmp_path / name).with_config({"write_empty_chunks": True})[:] = values
+        for file in (tmp_path / name / "c").iterdir():
+            assert (path / name / "c" / file.name).read_bytes() == file.read_bytes()
+        assert len(list((path / name / "c").iterdir())) == layout.shard_count(n, SPEC.shard_size)
+
+
+def test_the_number_of_images_never_falls(path):
+    make(path, n=10)
+    extend_store(path, image_ids=IDS[:20], labels=LABELS[:20])
+    extend_store(path, image_ids=IDS[:15], labels=LABELS[:15])  # by a process that was slower
+    assert StoreReader(path).n_images == 20
+    finish_store(path, {"complete": True})
+    assert StoreReader(path).attributes["complete"] is False
+
+
+def test_a_shard_that_somebody_else_has_finished_is_left_to_them(path):
+    make(path, shards=[0])
+    theirs = write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD | {"seconds": 1.0})
+    ours = shard_arrays(SPEC, 4, 8)
+    ours["output"][:] = 0.5
+    assert write_shard(path, SPEC, 10, 1, ours, RECORD) == theirs
+    assert np.isnan(StoreReader(path).scalars("output")[4:8]).all()
+    # but whoever knows what is there, and means to put something else in its place, does
+    assert write_shard(path, SPEC, 10, 1, ours, RECORD, instead_of=theirs) != theirs
+    assert (StoreReader(path).scalars("output")[4:8] == 0.5).all()
+
+
+@pytest.mark.parametrize("folder", ["attribution", "records"])
+def test_nothing_is_written_through_links(path, tmp_path, folder):
+    make(path, shards=[])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if (path / folder).exists():
+        (path / folder).rename(path / "aside")
+    (path / folder).symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link"):
+        write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert list(elsewhere.iterdir()) == []
 
 
 def _read_in_child(store: StoreReader, queue) -> None:

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from igstore.errors import DamagedStoreError, UserError
+from igstore.reporting.findings import Findings
 from igstore.reporting.results import Row
-from igstore.reporting.tables import WIDTH, Table, article_tables
+from igstore.reporting.results_folder import read_rows
+from igstore.reporting.tables import WIDTH, Table, article_tables, kinds, lines, store_names
 
 ROW = Row(
     store="resnet50.zarr",
@@ -171,3 +179,127 @@ def test_the_articles_tables_fit_a_terminal() -> None:
     )
     for table in article_tables(made):
         assert max(map(len, table.text().splitlines())) <= WIDTH
+
+
+# --- Rows are told apart by what they are, whatever they are called
+
+_FEW = {
+    "store": ["a.zarr", "b.zarr"],
+    "store_model": ["resnet50", "vgg16"],
+    "store_weights": ["best.pth", "last.pth"],
+    "baseline": ["black", "mean"],
+    "target": ["prediction", "label"],
+    "output": ["logit", "probability"],
+    "method": ["riemann_right", "gausslegendre"],
+    "n_steps": [0, 16, 50],
+    "reduce": ["sum", "positive"],
+    "model": ["resnet50", "vgg16"],
+    "weights": ["best.pth", "last.pth"],
+    "weights_sha256": [f"{index:08d}" * 8 for index in range(3)],
+    "p": [90.0, 50.0],
+    "keep": ["top", "bottom"],
+    "select": ["mass", "count"],
+    "block": [3, 5],
+    "fill": ["black", "mean"],
+    "order": ["attribution", "random"],
+    "seed": [0, 1],
+}
+
+
+def of_settings(row: Row) -> str:
+    """What an evaluation would say of settings like these."""
+    names = ("store_model", "store_weights", "baseline", "target", "output", "method", "n_steps", "reduce")
+    return hashlib.sha256(repr([getattr(row, name) for name in names]).encode()).hexdigest()
+
+
+@st.composite
+def different_rows(draw: st.DrawFn) -> list[Row]:
+    """Rows of different identities, of all that may differ, each with an accuracy of its own."""
+    chosen = draw(
+        st.lists(st.fixed_dictionaries({name: st.sampled_from(few) for name, few in _FEW.items()}), min_size=1)
+    )
+    seen: dict[Any, Row] = {}
+    for number, fields in enumerate(chosen):
+        row = dataclasses.replace(ROW, **fields, top1=number / 10, correct=number)
+        hidden = draw(st.sampled_from(["", "in a setting that rows do not say"]))
+        sha256 = hashlib.sha256((of_settings(row) + hidden).encode()).hexdigest()
+        owner = hashlib.sha256(draw(st.sampled_from([b"1", b"2"])) + row.store_weights.encode()).hexdigest()
+        model = draw(st.sampled_from([owner, row.weights_sha256]))  # its own masks, or not
+        row = dataclasses.replace(row, store_settings_sha256=sha256, store_weights_sha256=owner, weights_sha256=model)
+        seen.setdefault(row.identity, row)
+    return list(seen.values())
+
+
+@settings(max_examples=150, deadline=None)
+@given(different_rows())
+def test_no_row_vanishes(made: list[Row]) -> None:
+    cells: list[tuple[str, str, str, str]] = []
+    for table in article_tables(made):
+        if not table.title.startswith("Table 3"):
+            assert len({group[0][0] for group in table.groups}) == len(table.groups)
+            for (name, _, *values), *_ in table.groups:
+                columns = zip(table.header[2:], values, strict=True)
+                cells += [(table.title[:7] + table.note, name, p, value) for p, value in columns if value]
+    assert sorted(value for *_, value in cells) == sorted(f"{row.top1:.1f}" for row in made)
+    assert len({tuple(where) for *where, _ in cells}) == len(made)
+    by_kind = {
+        masks: [row for line in lines(rows_of).values() for row in line] for masks, rows_of in kinds(made).items()
+    }
+    assert sorted(row.top1 for of_kind in by_kind.values() for row in of_kind) == sorted(row.top1 for row in made)
+    cases = Findings(made, None).cases  # type: ignore[arg-type]
+    in_cases = [row for of_masks in cases.values() for case in of_masks for row in case.rows]
+    assert sorted(row.top1 for row in in_cases) == sorted(row.top1 for row in made)
+    for of_masks in cases.values():
+        assert len({case.label for case in of_masks}) == len(of_masks)
+        for case in of_masks:
+            sides = [case.side(keep, order) for keep in ("top", "bottom") for order in ("attribution", "random")]
+            assert sum(map(len, sides)) == len(case.rows)
+    assert {row.store_settings_sha256 for row in store_names(made).values()} == {
+        row.store_settings_sha256 for row in made
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"output": "probability"}, "probability"),
+        ({"method": "gausslegendre"}, "gausslegendre"),
+        ({"reduce": "absolute"}, "absolute of the channels"),
+        ({"n_steps": 16}, "16 steps"),
+        ({"baseline": "noise"}, "noise baseline"),
+        ({"target": "label"}, "label as target"),
+        ({"n_steps": 0, "method": "captum Saliency"}, "made by captum Saliency"),
+    ],
+    ids=str,
+)
+def test_what_differs_is_in_words(fields: dict[str, Any], said: str) -> None:
+    other = dataclasses.replace(ROW, **fields, store_settings_sha256="c" * 64)
+    one, two = article_tables([ROW, other])
+    assert one.note.startswith("Own masks (black baseline, prediction as target, 50 steps); p by mass")
+    assert said in two.note
+
+
+def test_settings_and_weights_that_have_no_words_are_told_apart_by_their_sha256() -> None:
+    stores = [dataclasses.replace(ROW, store_settings_sha256=letter * 64) for letter in "bcd"]
+    [table] = article_tables(stores)
+    assert [group[0][0] for group in table.groups] == [f"resnet50, settings {letter * 8}" for letter in "bcd"]
+    models = [dataclasses.replace(ROW, weights="best.pth", weights_sha256=letter * 64) for letter in "ab"]
+    [table] = article_tables(models)
+    assert [group[0][0] for group in table.groups] == ["resnet50, aaaaaaaa", "resnet50, bbbbbbbb"]
+    shown = [
+        dataclasses.replace(ROW, store_weights_sha256=letter * 64, model="vgg16", weights_sha256="f") for letter in "ab"
+    ]
+    shown[1] = dataclasses.replace(shown[1], store_settings_sha256="c" * 64)
+    notes = [table.note.split(" (")[0] for table in article_tables(shown)]
+    assert notes == ["Masks of resnet50, aaaaaaaa", "Masks of resnet50, bbbbbbbb"]
+
+
+def test_two_rows_of_one_identity_are_an_error(tmp_path: Path) -> None:
+    twice = [ROW, dataclasses.replace(ROW, top1=2.0)]
+    with pytest.raises(UserError, match=r"two rows of resnet50 on resnet50.zarr with keep top, p=50 by mass"):
+        article_tables(twice)
+    (tmp_path / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in twice]))
+    with pytest.raises(DamagedStoreError, match="holds 2 rows of one store, model and mask"):
+        read_rows(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps([dataclasses.asdict(ROW)]))
+    assert read_rows(str(tmp_path)) == [ROW]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from igstore import (
     store_info,
     verify_store,
 )
+from igstore.building.parts import Part
 from igstore.engine.attributor import Attributor
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
+from igstore.images import as_image_list
 from igstore.schema import FAILED
-from igstore.storage import layout
 from igstore.storage.files import sealed
 from igstore.storage.reader import StoreReader
+from igstore.storage.repair import repair_store
 from igstore.storage.store import extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
 from igstore.verify import main
 
@@ -164,6 +167,23 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = Fa
     path.write_text(json.dumps(sealed(content) if seal else content))
 
 
+def linked(file: Path) -> None:
+    elsewhere = file.parents[3] / "elsewhere.json"
+    shutil.move(file, elsewhere)
+    file.symlink_to(elsewhere)
+
+
+def folder_at(file: Path) -> None:
+    file.unlink()
+    (file / "inner").mkdir(parents=True)
+    (file / "inner/file").write_text("something")
+
+
+def pipe_at(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 # what to do to a store, what `verify` says of it, and the images that the same build attributes again
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, range]] = {
     "a map": (
@@ -286,6 +306,75 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, range]] = {
         "zarr.json is damaged, and nothing else can be looked at",
         range(0),
     ),
+    "a link to a right record": (
+        lambda p: linked(p / "records/00001.json"),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a link that leads nowhere": (
+        lambda p: ((p / "records/00001.json").unlink(), (p / "records/00001.json").symlink_to("nothing")),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a link among the records of ranks": (
+        lambda p: linked(p / "records/positive-3/00001.json"),
+        "records/positive-3/00001.json is not a regular file",
+        range(0),
+    ),
+    "a folder in a record's place": (
+        lambda p: folder_at(p / "records/00001.json"),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a pipe in a record's place": (
+        lambda p: pipe_at(p / "records/00001.json"),
+        "records/00001.json is not a regular file",
+        range(8, 16),
+    ),
+    "a folder in a file's place": (
+        lambda p: folder_at(p / "attribution/c/1/0/0"),
+        "attribution/c/1/0/0 is not a regular file",
+        range(8, 16),
+    ),
+    "a pipe in a file's place": (
+        lambda p: pipe_at(p / "scale/c/1"),
+        "scale/c/1 is not a regular file",
+        range(8, 16),
+    ),
+    "a pipe among the names": (
+        lambda p: pipe_at(p / "image_id/c/1"),
+        "image_id/c/1 is not a regular file",
+        range(0),
+    ),
+    "a folder among the names": (
+        lambda p: folder_at(p / "image_id/c/1"),
+        "image_id/c/1 is not a regular file",
+        range(0),
+    ),
+    "a pipe instead of metadata": (
+        lambda p: pipe_at(p / "scale/zarr.json"),
+        "scale/zarr.json is not as it was written: it cannot be read",
+        range(0),
+    ),
+    "a folder instead of metadata": (
+        lambda p: folder_at(p / "scale/zarr.json"),
+        "scale/zarr.json is not as it was written: it cannot be read",
+        range(0),
+    ),
+    "a file in a folder's place": (
+        lambda p: (shutil.rmtree(p / "scale/c"), (p / "scale/c").write_text("something")),
+        "scale/c/1 is missing",
+        range(21),
+    ),
+    "parts of a ranking": (
+        lambda p: (
+            shutil.copytree(p / "records/positive-3", p / "records/signed-7"),
+            shutil.copytree(p / "ranks/positive-3", p / "ranks/signed-5"),
+            (p / "ranks/signed-5/zarr.json").unlink(),
+        ),
+        "belongs to nothing in this store",
+        range(0),
+    ),
     "what a killed writer leaves": (
         lambda p: (p / f"scale/c/1.{'0' * 32}.partial").write_bytes(b"half"),
         "store: scale/c/1.00000000000000000000000000000000.partial was left by an interrupted process",
@@ -325,23 +414,41 @@ def test_damage_is_named_and_the_same_build_repairs_just_that(intact, path, attr
             assert repaired[file] == expected[file], file
 
 
+@pytest.mark.parametrize("shards", ["finished", "unfinished"])
+@pytest.mark.parametrize("count", [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\0\0\0\x15"])
+def test_a_list_that_says_it_is_long_costs_its_repair_no_memory(path, count, shards):
+    content = (path / "image_id/c/1").read_bytes()
+    (path / "image_id/c/1").write_bytes(count + content[4:])
+    if shards == "unfinished":
+        (path / "records/00001.json").unlink()
+    store = StoreReader(path)
+    listed = as_image_list(images())
+    tracemalloc.start()
+    repair_store(path, store.spec, listed, store.attributes, part=Part())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6
+    assert (path / "image_id/c/1").read_bytes() == content
+    build(path)
+    assert verify_store(path) == []
+
+
 def rewrite(path: Path, shard: int, change: Callable[[dict[str, np.ndarray]], Any], **record: Any) -> None:
     """Write a shard again with other values and a record that is right about its files."""
     store = StoreReader(path)
-    arrays = {name: store.array(name).read(range(*store.bounds(shard))) for name in store.variables}
-    arrays = {name: values for name, values in arrays.items() if name not in layout.LISTED}
+    there = store.records[shard]
+    arrays = {name: np.array(store.values(name, shard, there)) for name in store.variables}
     change(arrays)
-    write_shard(path, store.spec, store.n_images, shard, arrays, {**store.records[shard], **record})
+    write_shard(path, store.spec, store.n_images, shard, arrays, {**there, **record}, instead_of=there)
 
 
 def rewrite_ranks(path: Path, shard: int, change: Callable[[dict[str, np.ndarray]], Any], **record: Any) -> None:
     store = StoreReader(path)
     ranking = store.ranking("positive-3")
+    there = ranking.records[shard]
     arrays = {name: ranking.array(name).read(range(*ranking.bounds(shard))) for name in ranking.variables}
     change(arrays)
-    write_rank_shard(
-        path, "positive-3", store.spec, store.n_images, shard, arrays, {**ranking.records[shard], **record}
-    )
+    write_rank_shard(path, "positive-3", shard, arrays, {**there, **record}, instead_of=there)
 
 
 def put(name: str, value: object, image: int = 1) -> Callable[[dict[str, np.ndarray]], None]:
@@ -447,9 +554,13 @@ def test_ranks_that_are_not_those_of_the_maps_are_found(path, change, array, say
 
 
 def test_ranks_of_maps_that_were_replaced_are_not_finished_ones(path, capsys):
+    before = contents(path)
     rewrite_ranks(path, 1, lambda arrays: None, attribution_sha256="0" * 64)
+    assert contents(path) == before
+    rewrite(path, 1, reverse("attribution"))
     assert main([str(path)]) == cli.FAILED
-    assert capsys.readouterr().out.splitlines()[0] == "not finished: shard 1 of ranks/positive-3"
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [f"not finished: shard 1 of ranks/{name}" for name in ("absolute-5", "positive-3")]
 
 
 @pytest.mark.parametrize(
@@ -543,7 +654,7 @@ def test_what_is_no_store_is_a_mistake_and_not_damage(tmp_path):
 
 
 def test_another_format_version_is_no_damage(path):
-    edit_root(path, format_version=2)
+    edit_root(path, format_version=99)
     with pytest.raises(SettingsMismatchError, match="install the igstore that wrote it"):
         verify_store(path)
 
@@ -558,20 +669,30 @@ def edit_root(path: Path, **attributes: Any) -> None:
 def test_recomputed_images_are_those_of_the_store(tmp_path, monkeypatch, attributed):
     path = named(tmp_path / "model.zarr", monkeypatch)
     attributed.clear()
-    assert verify_store(path, recompute=5) == []
+    assert verify_store(path, recompute=5, model=NAMED) == []
     first = list(attributed)
     assert len(set(first)) == 5
-    assert verify_store(path, recompute=5, seed=1) == []
+    assert verify_store(path, recompute=5, seed=1, model=named_network()) == []
     assert set(attributed[5:]) != set(first)
-    assert verify_store(path, recompute=1000) == []
+    assert main([str(path), "--recompute", "1000", "--model", NAMED]) == cli.DONE
     assert len(attributed[10:]) == N - 1  # but for the one that failed
 
 
+def test_recomputing_by_a_model_that_igstore_knows(tmp_path):
+    path, preprocessing = tmp_path / "model.zarr", Preprocessing(resize=None, crop=(32, 32))
+    pictures = [(str(place), image, None) for place, (image, _) in enumerate(images(4))]
+    build_store("shufflenet_v2_x0_5", pictures, path, weights="random:1", preprocessing=preprocessing, n_steps=1)
+    assert verify_store(path, recompute=2) == []
+
+
 def named(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Path:
-    """A store whose model is found by its name."""
+    """A store whose model is found by its name, if a user gives that."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    build_store("test_verify:named_network", images(), path, **SETTINGS | settings)
+    build_store(NAMED, images(), path, **SETTINGS | settings)
     return path
+
+
+NAMED = "test_verify:named_network"
 
 
 def named_network() -> Classifier:
@@ -598,18 +719,18 @@ def test_values_that_the_model_does_not_give_are_found_by_recomputing(tmp_path, 
     rewrite(path, 0, lambda found: found["completeness_error"].__setitem__(1, error[1]))
     assert verify_store(path) == []
     assert spec.reduce == "sum"
-    assert [finding for finding in verify_store(path, recompute=1000) if says in finding.problem]
+    assert [finding for finding in verify_store(path, recompute=1000, model=NAMED) if says in finding.problem]
 
 
 def test_recomputing_needs_the_pixels_or_the_images(tmp_path, monkeypatch):
     path = named(tmp_path / "model.zarr", monkeypatch, pixels=False)
-    assert verify_store(path, recompute=3, images=images()) == []
+    assert verify_store(path, recompute=3, model=NAMED, images=images()) == []
     with pytest.raises(UserError, match="made without pixels"):
-        verify_store(path, recompute=3)
+        verify_store(path, recompute=3, model=NAMED)
     others = images()
     others[0] = (others[0][0], 6)
     with pytest.raises(SettingsMismatchError, match="not the images"):
-        verify_store(path, recompute=3, images=others)
+        verify_store(path, recompute=3, model=NAMED, images=others)
 
 
 def test_recomputing_needs_the_same_weights(path, tmp_path, monkeypatch):
@@ -619,5 +740,5 @@ def test_recomputing_needs_the_same_weights(path, tmp_path, monkeypatch):
     other = Picky().eval()
     other.inner = Smooth(N_CLASSES, seed=1).eval()
     monkeypatch.setattr("test_verify.NETWORK", other)
-    with pytest.raises(UserError, match="are others"):
-        verify_store(path, recompute=3)
+    with pytest.raises(UserError, match="weights found are own"):
+        verify_store(path, recompute=3, model=NAMED)

@@ -32,7 +32,7 @@ from igstore import keep_mask, masked_view, open_store
 from igstore.__main__ import COMMANDS
 from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
 from igstore.storage.reader import StoreReader
-from igstore.storage.store import consolidate
+from igstore.storage.store import finish_store
 from igstore.view import _Server, requested_range, save_page, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -899,7 +899,7 @@ def test_channels_and_compression(browser, tmp_path):
             {"shards": old.shards, "chunks": old.chunks, "dimension_names": old.metadata.dimension_names},
         )
         zarr.create_array(store / name, data=data, compressors=ZstdCodec(level=3), overwrite=True, **metadata)
-    consolidate(store)
+    finish_store(store, {})
     with serve(store) as url, viewer(browser, url) as page:
         page.go(image="image_0003", fill="image_mean")
         assert np.array_equal(page.canvas("masked"), expected)

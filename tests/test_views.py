@@ -446,7 +446,7 @@ MISTAKES = {
     "score": ("best", "positive, absolute, signed"),
     "block": (0, "at least 1"),
     "order": ("sorted", "attribution, random"),
-    "seed": ("zero", "an integer"),
+    "seed": ("zero", "a whole number"),
     "fill": ("pink", "black, mean"),
 }
 

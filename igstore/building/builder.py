@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from igstore.building import provenance
 from igstore.building.parts import Part
 from igstore.building.plan import Build
 from igstore.building.worker import Advance, Report, Workers
-from igstore.errors import SettingsMismatchError, StoreExistsError, UnfinishedShardError, UserError
+from igstore.errors import IgstoreError, SettingsMismatchError, StoreExistsError, UnfinishedShardError, UserError
 from igstore.progress import Progress
 from igstore.rank import rank_store
 from igstore.storage import staging
+from igstore.storage.files import temporary_name
 from igstore.storage.presence import at_work
 from igstore.storage.reader import StoreReader
 from igstore.storage.repair import repair_store
@@ -68,9 +70,12 @@ def run_build(
             _make_room(build, overwrite=overwrite)
             _attribute(build, workers, part, show_progress=show_progress)
     seconds = time.monotonic() - started
-    if staging.leftovers(build.path) or not StoreReader(build.path).attributes["complete"]:
+    if staging.leftovers(build.path) or not StoreReader(build.path).attributes.get("complete"):
         with at_work(build.path) as presence:
             _conclude(build, seconds, rank=rank, scheduler=scheduler, show_progress=show_progress)
+            store = StoreReader(build.path)
+            if store.is_complete:
+                staging.discard_units(presence.folder, 0, store.n_images)  # kept by others, of shards that we finished
             presence.sweep()
     else:  # it may be where nothing can be written
         _conclude(build, seconds, rank=rank, scheduler=scheduler, show_progress=show_progress)
@@ -114,7 +119,9 @@ def _make_room(build: Build, *, overwrite: bool) -> None:
                     f"{path} is not overwritten: somebody is at work there ({', '.join(presence.others)}); "
                     "wait for them, or end that first"
                 )
-            shutil.rmtree(path)
+            target = path.resolve()  # of a link, which stays, and leads to the new store
+            target.rename(aside := temporary_name(target))
+            shutil.rmtree(aside)
     if not (path / "zarr.json").exists():
         try:
             create_store(path, build.spec, image_ids=images.ids, labels=images.labels, attributes=_attributes(build))
@@ -157,7 +164,12 @@ def _attribute(build: Build, workers: Workers, part: Part, *, show_progress: boo
                 ", ".join(presence.others),
             )
         workers.attribute(shards, _reporting_to(progress))
-        check_there(build.path, build.spec, store.n_images)
+        store = check_there(presence.folder, build.spec, store.n_images)
+        left = [shard for shard in shards if store.record(shard) is None]
+    if left:  # taken back by somebody who found it damaged, or never written by a worker that gave up
+        raise IgstoreError(
+            f"{len(left)} of {len(shards)} shards were not finished; run the same command again to go on"
+        )
 
 
 def _reporting_to(progress: Progress) -> Report:
@@ -173,11 +185,24 @@ def _reporting_to(progress: Progress) -> Report:
         evaluations += advance.evaluations
         errors = np.append(errors, advance.errors)
         rate = evaluations / (time.monotonic() - started)
-        work = f"{rate:.1f} gradients/s, " if evaluations else ""  # imported maps take none
         median = f"{np.median(errors):.3f}" if len(errors) else "-"
-        progress.advance(advance.n_images, f"{work}median completeness error {median}")
+        work = f"{rate:.1f} gradients/s, median completeness error {median}"
+        progress.advance(advance.n_images, work if evaluations else "")  # imported maps take none, nor need be complete
 
     return report
+
+
+def _final_attributes(store: StoreReader, *, seconds: float) -> dict[str, Any]:
+    """What a store says of itself once it is complete, and `seconds` more were spent on it."""
+    if store.attributes.get("complete"):
+        return {}  # another process was faster
+    devices = {record["device"] for record in store.records.values() if "device" in record}
+    return {
+        "complete": True,
+        "device": ", ".join(sorted(devices)),
+        "wall_seconds": round(store.attributes.get("wall_seconds", 0.0) + seconds, 1),
+        **provenance.versions(),
+    }
 
 
 def _conclude(build: Build, seconds: float, *, rank: bool, scheduler: str | None, show_progress: bool) -> None:
@@ -185,16 +210,8 @@ def _conclude(build: Build, seconds: float, *, rank: bool, scheduler: str | None
     store = StoreReader(build.path)
     if not store.is_complete:
         return
-    staging.discard_units(build.path, 0, store.n_images)  # that somebody else kept of a shard that we finished
-    if not store.attributes["complete"]:
-        devices = {record["device"] for record in store.records.values() if "device" in record}
-        attributes = {
-            "complete": True,
-            "device": ", ".join(sorted(devices)),
-            "wall_seconds": round(store.attributes["wall_seconds"] + seconds, 1),
-            **provenance.versions(),
-        }
-        finish_store(build.path, attributes)
+    if not store.attributes.get("complete"):
+        finish_store(build.path, partial(_final_attributes, seconds=seconds))
     if rank and build.spec.reduce != "none":
         try:
             rank_store(build.path, scheduler=scheduler, show_progress=show_progress)

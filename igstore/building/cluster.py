@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _GPU = "GPU"  # what workers call the resource, as in `dask worker --resources GPU=1`
 _RETRIES = 2  # after errors; how many workers may die on a task, the scheduler's configuration says
 
-_FOUND_BY_PLAN = ("model", "weights", "weights_sha256", "preprocessing", "images_fingerprint", "format_version")
+_FOUND_BY_PLAN = ("model", "weights", "weights_sha256", "preprocessing", "images_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,7 @@ def _worker(order: Order) -> Worker:
         split=order.split,
         labels=order.labels,
         limit=order.n_images,
+        overwrite=False,
         settings={name: value for name, value in settings.items() if name not in _FOUND_BY_PLAN},
     )
     differences = build.spec.differences(order.spec)

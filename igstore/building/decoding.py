@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import ImageError
-from igstore.images import ImageList, prepare
+from igstore.images import ImageList, prepare, resized_size
 from igstore.schema import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 _JOBS_AHEAD = 3
 _MOST_WORKERS = 8
@@ -52,6 +55,7 @@ class Decoder:
     def __init__(self, images: ImageList, preprocessing: Preprocessing, workers: int | None = None) -> None:
         self._images = images
         self._preprocessing = preprocessing
+        self._has_said_small = False
         self._threads = ThreadPoolExecutor(workers or most_workers(), "decode")
 
     def __enter__(self) -> Decoder:
@@ -76,9 +80,24 @@ class Decoder:
 
     def _read(self, image: int) -> _Result:
         try:
-            return prepare(self._images.read(image), self._preprocessing)
+            read = self._images.read(image)
+            self._say_if_small(image, read.size)
+            return prepare(read, self._preprocessing)
         except ImageError as error:
             return str(error)
+
+    def _say_if_small(self, image: int, size: tuple[int, int]) -> None:
+        """Say of the first image that does not fill the crop what happens to such images."""
+        width, height = resized_size(size, self._preprocessing.resize)
+        crop_height, crop_width = self._preprocessing.crop
+        if (width < crop_width or height < crop_height) and not self._has_said_small:
+            self._has_said_small = True
+            logger.warning(
+                "image %s is %dx%d pixels, resized as the preprocessing says, and the crop is %dx%d: it gets a black "
+                "margin, and so does every other image that is too small",
+                self._images.ids[image],
+                *(height, width, crop_height, crop_width),
+            )
 
     def _gather(self, job: Job, futures: list[Future[_Result]]) -> tuple[Job, NDArray[np.uint8], list[str]]:
         pixels = np.zeros((len(job), 3, *self._preprocessing.crop), np.uint8)

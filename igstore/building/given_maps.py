@@ -6,13 +6,16 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import UserError
 from igstore.names import as_seen
+
+if TYPE_CHECKING:
+    import torch
 
 _BATCH = 64  # maps in memory at a time
 
@@ -23,8 +26,8 @@ class GivenMaps:
     Parameters
     ----------
     maps
-        A ``.npy`` file, which is mapped into memory, or an array: float16, float32 or float64, (image, y, x) or
-        (image, channel, y, x).
+        A ``.npy`` file, which is mapped into memory, or an array or a torch tensor: float16, float32 or float64 (of
+        tensors also bfloat16), (image, y, x) or (image, channel, y, x).
     image_ids
         The images that maps are wanted of, sorted as igstore lists them.
     order
@@ -37,10 +40,13 @@ class GivenMaps:
     """
 
     def __init__(
-        self, maps: str | os.PathLike[str] | NDArray[Any], image_ids: Sequence[str], order: Sequence[str] | None = None
+        self,
+        maps: str | os.PathLike[str] | NDArray[Any] | torch.Tensor,
+        image_ids: Sequence[str],
+        order: Sequence[str] | None = None,
     ) -> None:
-        values = maps if isinstance(maps, np.ndarray) else _open(Path(maps))
-        if values.dtype not in (np.float16, np.float32, np.float64) or values.ndim not in (3, 4):
+        values = _open(Path(maps)) if isinstance(maps, str | os.PathLike) else _as_array(maps)
+        if values.dtype.type not in (np.float16, np.float32, np.float64) or values.ndim not in (3, 4):
             raise UserError(
                 f"the maps are {values.dtype} of shape {values.shape}; they must be float16, float32 or float64, "
                 "(image, y, x) or (image, channel, y, x)"
@@ -82,6 +88,17 @@ class GivenMaps:
             values = np.ascontiguousarray(self._values[places])
             digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()
+
+
+def _as_array(maps: Any) -> NDArray[Any]:
+    if hasattr(maps, "detach"):  # a torch tensor, maybe on a GPU, or part of a graph
+        maps = maps.detach().cpu()
+        maps = maps.float() if str(maps.dtype) == "torch.bfloat16" else maps  # NumPy has none
+    try:
+        values = np.asarray(maps)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the maps are a {type(maps).__name__}, of which no array can be made: {error}") from error
+    return values
 
 
 def _open(path: Path) -> NDArray[Any]:

@@ -12,6 +12,16 @@ from igstore.building.devices import find_devices
 from igstore.building.plan import Build
 from igstore.building.processes import Processes
 from igstore.building.worker import Worker
+from igstore.schema import whole_number
+
+_MOST_AT_ONCE = 2**31 - 1
+
+
+def check_sizes(batch_size: int | None, workers: int | None) -> None:
+    """Raise `UserError` unless each is None, or a number of things that there can be at once."""
+    for name, value in (("batch_size", batch_size), ("workers", workers)):
+        if value is not None:
+            whole_number(name, value, 1, _MOST_AT_ONCE)
 
 
 def choose_workers(
@@ -40,6 +50,7 @@ def choose_workers(
         There are no such devices, they do not have the precision that is asked for, or `source` says nothing to a
         cluster.
     """
+    check_sizes(batch_size, workers)
     if scheduler is not None:
         order = Order.of(build, device=device, batch_size=batch_size, workers=workers, **source)
         return lambda _: Cluster(order, scheduler=scheduler)

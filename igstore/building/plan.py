@@ -11,10 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from igstore.errors import UserError
+from igstore.binary import with_classes
+from igstore.errors import ImageError, UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
 from igstore.models import Classifier, classifier_from_module, load_classifier
-from igstore.schema import UNKNOWN_LABEL, BuildSpec, Preprocessing
+from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, check_resize
+from igstore.storage import layout
+from igstore.storage.store import read_json
+
+_LOOKED_AT = 64  # images whose size is looked at before work begins
+
+_SETTINGS = ("attributes", "settings")  # what holds a store's settings in its own document, and in its records
 
 
 @dataclass(frozen=True)
@@ -38,24 +45,36 @@ def plan_build(
     split: Split,
     labels: str | os.PathLike[str] | None,
     limit: int | None,
+    overwrite: bool,
     settings: dict[str, Any],
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
+    version = FORMAT_VERSION if overwrite else _format_there(Path(store))
     listed = listed_images(images, split=split, labels=labels)
-    classifier = chosen_classifier(model, weights, preprocessing, listed)
+    classifier, listed = chosen_classifier(model, weights, preprocessing, listed)
+    classifier = with_classes(classifier, settings.get("output", "logit"))
     spec = BuildSpec(
         model=classifier.name,
         weights=classifier.weights,
         weights_sha256=classifier.weights_sha256,
         preprocessing=classifier.preprocessing,
         images_fingerprint=listed.fingerprint,
-        **settings,
+        **{"format_version": version, **settings},
     )
     chosen = listed.head(limit) if limit is not None else listed
     if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
         raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
+    layout.check_classes(spec, int(chosen.labels.max()))
     return Build(classifier, listed, len(chosen), spec, Path(store))
+
+
+def _format_there(path: Path) -> int:
+    """The format version of the store that a build may go on with, which keeps it; the newest where there is none."""
+    documents = (read_json(file) for file in (path / "zarr.json", *path.glob("records/*.json")))
+    said = (document.get(key) for document in documents if isinstance(document, dict) for key in _SETTINGS)
+    versions = (settings.get("format_version") for settings in said if isinstance(settings, dict))
+    return next((version for version in versions if version in READ_VERSIONS), FORMAT_VERSION)
 
 
 def listed_images(images: Any, *, split: Split, labels: str | os.PathLike[str] | None) -> ImageList:
@@ -76,17 +95,44 @@ def chosen_classifier(
     weights: str | None,
     preprocessing: Preprocessing | None,
     images: ImageList,
-) -> Classifier:
-    """The model that a user means; parameters as `build_store`."""
+) -> tuple[Classifier, ImageList]:
+    """The model that a user means, and the images as it can be shown them; parameters as `build_store`.
+
+    Where nothing says how the images become a network's input, they must be of one size: those that are not cannot be
+    read from the list that is returned.
+    """
     if isinstance(model, str):
         model = load_classifier(model, weights)
     elif weights is not None:
         raise UserError("weights goes with a model given by name; a network brings its own")
+    if preprocessing is not None:
+        check_resize(preprocessing.resize, preprocessing.crop)
     if isinstance(model, Classifier):
-        return model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
+        given = model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
+        return given, images
     if not isinstance(model, torch.nn.Module):
         raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a torch.nn.Module")
     if preprocessing is None:
-        width, height = images.read(0).size
-        preprocessing = Preprocessing(resize=None, crop=(height, width), mean=(0, 0, 0), std=(1, 1, 1))
-    return classifier_from_module(model, preprocessing=preprocessing)
+        size = _one_size(images)
+        preprocessing = Preprocessing(resize=None, crop=size, mean=(0, 0, 0), std=(1, 1, 1))
+        images = images.of_size(size)
+    return classifier_from_module(model, preprocessing=preprocessing), images
+
+
+def _one_size(images: ImageList) -> tuple[int, int]:
+    """The height and width that the images have, as far as a few of them say; raise `UserError` unless it is one."""
+    sizes: dict[tuple[int, int], str] = {}
+    for place in np.unique(np.linspace(0, len(images) - 1, _LOOKED_AT).round().astype(np.int64)).tolist():
+        try:
+            width, height = images.read(place).size
+        except ImageError:  # recorded when it is its turn
+            continue
+        sizes.setdefault((height, width), images.ids[place])
+    if len(sizes) != 1:
+        some = [f"{one} is {height}x{width} pixels" for (height, width), one in sizes.items()][:2]
+        why = f"the images are not of one size ({', '.join(some)})" if some else "no image can be read"
+        raise UserError(
+            f"{why}, so nothing says what the network is to be shown; give preprocessing=Preprocessing(resize=..., "
+            "crop=...), with the mean and std that it was trained with"
+        )
+    return next(iter(sizes))

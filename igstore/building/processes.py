@@ -28,8 +28,8 @@ from igstore.storage.presence import at_work
 
 _PATIENCE = 20.0  # seconds that a process has to finish what it is writing, once it is told to stop
 
-# What the processes say, besides `Advance`: the network is there, another shard is needed, or an exception.
-_READY, _ANOTHER = "ready", "another"
+# What the processes say, besides `Advance`: the network is there, another shard is needed, no more is, or an exception.
+_READY, _ANOTHER, _DONE = "ready", "another", "done"
 
 
 class Processes:
@@ -92,7 +92,7 @@ class Processes:
             for connection in wait(list(at_work)):
                 child = at_work[connection]  # type: ignore[index]
                 said = child.receive()
-                if said is None:
+                if said == _DONE:
                     del at_work[child.connection]
                 elif said == _ANOTHER:
                     child.send(next(to_do, None))
@@ -128,14 +128,12 @@ class _Child:
             self.connection.send(message)
 
     def receive(self) -> Any:
-        """What it says next; None when it has ended well. What it raised is raised here."""
+        """What it says next. What it raised is raised here, and an end without a word is an error, too."""
         try:
             said = self.connection.recv()
         except (EOFError, ConnectionError):
             self._process.join()
             status = self._process.exitcode
-            if status == 0:
-                return None
             how = f"was ended by {signal.Signals(-status).name}" if status and status < 0 else f"failed ({status})"
             raise IgstoreError(
                 f"the process on {self._device} {how}; what was finished is kept: run the same command again to go on"
@@ -189,6 +187,7 @@ def _work(connection: Connection, device: torch.device, batch_size: int | None, 
                 connection.recv()  # that the store is there
                 with at_work(build.path):
                     worker.attribute(_asked_for(connection), connection.send)
+                connection.send(_DONE)
         except ConnectionError:
             raise
         except (IgstoreError, OSError) as error:

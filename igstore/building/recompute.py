@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from igstore.binary import with_classes
 from igstore.blocks import block_ranks, block_shares, block_sums
 from igstore.building.devices import find_device
 from igstore.engine.attributor import Attributor
 from igstore.errors import UserError
-from igstore.models import Classifier, load_classifier
+from igstore.models import Classifier, recorded_classifier
 from igstore.pixels import find_pixels, open_pixels
-from igstore.schema import BUILT, IMPORTED, BuildSpec
+from igstore.schema import BUILT, IMPORTED, whole_number
 from igstore.storage.integrity import Finding
 from igstore.storage.reader import StoreReader
 
@@ -32,10 +33,17 @@ class Recomputation:
     """
 
     def __init__(
-        self, store: StoreReader, count: int, *, images: Any, weights: str | None, device: str, seed: int
+        self,
+        store: StoreReader,
+        count: int,
+        *,
+        images: Any,
+        model: str | Classifier | None,
+        weights: str | None,
+        device: str,
+        seed: int,
     ) -> None:
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must be at least 0")
+        seed = whole_number("seed", seed, 0)
         store.array("attribution")  # raises where a thin copy leaves it out
         if store.spec.method == IMPORTED:
             raise UserError(
@@ -46,7 +54,9 @@ class Recomputation:
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
         self._source = open_pixels(store, find_pixels(images))
-        self._attributor = Attributor(_load(store.spec, weights), store.spec, device=find_device(device))
+        classifier = recorded_classifier(store.spec, store.where, parameter="model", model=model, weights=weights)
+        shown = with_classes(classifier, store.spec.output)
+        self._attributor = Attributor(shown, store.spec, device=find_device(device))
 
     def findings(self) -> Iterator[Finding]:
         """What differs: an output by more than rounding, the masks at p=50 by more than 1% of their blocks."""
@@ -74,23 +84,6 @@ class Recomputation:
     def _finding(self, image: int, array: str, problem: str) -> Finding:
         shard = image // self._store.shard_size
         return Finding(problem, self._store.shard_files(shard)[array], shard, array)
-
-
-def _load(spec: BuildSpec, weights: str | None) -> Classifier:
-    """The model that a store names, with the weights that it was made with."""
-    try:
-        # what is recorded is a name that loads them, or the name of a file, or of what the model brings by itself
-        classifier = load_classifier(spec.model, weights or spec.weights)
-    except UserError:
-        if weights is not None:
-            raise
-        classifier = load_classifier(spec.model)
-    if classifier.weights_sha256 != spec.weights_sha256:
-        raise UserError(
-            f"the weights of {spec.model} at hand are others (sha256 {classifier.weights_sha256[:12]}) than those that "
-            f"the store was made with ({spec.weights}, sha256 {spec.weights_sha256[:12]}); give weights: their file"
-        )
-    return classifier
 
 
 def _overlaps(one: NDArray[np.float16], other: NDArray[np.float16]) -> NDArray[np.float64]:

@@ -5,10 +5,10 @@ Builders that were started on one store by mistake all stage and collect units; 
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from igstore.building.decoding import Job
 from igstore.schema import BuildSpec
 from igstore.storage import layout, staging
-from igstore.storage.presence import writing
-from igstore.storage.store import check_there, write_shard
+from igstore.storage.files import Folder
+from igstore.storage.presence import check_in_place
+from igstore.storage.store import write_shard
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -32,18 +33,28 @@ class ShardWriter:
 
     Parameters
     ----------
-    path, spec, image_ids
-        The store, which this process is `at_work` at.
+    store, spec
+        The store, held by this process, which is `at_work` there.
+    image_ids, labels
+        All of its images.
     runtime
         What else every record says: device and versions.
     """
 
-    def __init__(self, path: Path, spec: BuildSpec, image_ids: Sequence[str], runtime: dict[str, Any]) -> None:
-        self._path = path
+    def __init__(
+        self,
+        store: Folder,
+        spec: BuildSpec,
+        image_ids: Sequence[str],
+        labels: NDArray[np.integer[Any]],
+        runtime: dict[str, Any],
+    ) -> None:
+        self._store = store
         self._spec = spec
-        self._image_ids = image_ids
+        self._listed = layout.listed(spec, image_ids, labels)
         self._n_images = len(image_ids)
         self._runtime = runtime
+        self._given_up = threading.Event()
         self._thread = ThreadPoolExecutor(1, "write")
         self._pending: deque[Future[None]] = deque()
         self._units: dict[int, dict[int, Arrays]] = {}  # by shard, by first image
@@ -52,6 +63,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._given_up.set()
         self._thread.shutdown(wait=True)
         if kind is None:
             for future in self._pending:
@@ -63,9 +76,14 @@ class ShardWriter:
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(self._add, job, arrays, is_staged))
 
+    def listed(self, first: int, last: int) -> Arrays:
+        """What the store lists of images `first` to `last` (exclusive), by variable."""
+        return {name: values[first:last] for name, values in self._listed.items()}
+
     def _add(self, job: Job, arrays: Arrays, is_staged: bool) -> None:
+        check_in_place(self._store)
         if not is_staged:
-            staging.save_unit(self._path, self._spec, job.first, arrays)
+            staging.save_unit(self._store, self._spec, job.first, arrays)
         units = self._units.setdefault(job.shard, {})
         units[job.first] = arrays
         first, last = layout.shard_bounds(job.shard, self._n_images, self._spec.shard_size)
@@ -77,7 +95,8 @@ class ShardWriter:
         whole = {name: np.concatenate([unit[name] for unit in in_order]) for name in in_order[0]}
         reasons, in_top5 = whole.pop("reason"), whole.pop("in_top5")
         batch_sizes, seconds = whole.pop("batch_size"), whole.pop("seconds")
-        ids = self._image_ids[first:last]
+        listed = self.listed(first, last)
+        ids = listed["image_id"].tolist()
         record = {
             "failed": {image_id: str(reason) for image_id, reason in zip(ids, reasons, strict=True) if reason},
             "in_top5": int(in_top5.sum()),
@@ -86,7 +105,5 @@ class ShardWriter:
             "seconds": round(float(seconds.sum()), 3),
             **self._runtime,
         }
-        with writing(self._path):
-            if check_there(self._path, self._spec, self._n_images).record(shard) is None:
-                write_shard(self._path, self._spec, self._n_images, shard, whole, record)
-            staging.discard_units(self._path, first, last)
+        write_shard(self._store, self._spec, self._n_images, shard, whole | listed, record, given_up=self._given_up)
+        staging.discard_units(self._store, first, last)

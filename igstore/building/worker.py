@@ -21,7 +21,8 @@ from igstore.building.shards import ShardWriter
 from igstore.engine.attributor import Arrays, Attributor
 from igstore.schema import BUILT, FAILED
 from igstore.storage import layout, staging
-from igstore.storage.presence import writing
+from igstore.storage.files import Folder
+from igstore.storage.presence import hold
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import write_shard
 
@@ -91,6 +92,7 @@ class Worker:
     ) -> None:
         self._build = build
         self._attributor = attributor(build.classifier, build.spec, device=device, batch_size=batch_size)
+        layout.check_classes(build.spec, self._attributor.n_classes - 1)
         self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
         self._decoder = Decoder(build.images, build.spec.preprocessing, workers)
         self._unit = max(1, _UNIT_EVALUATIONS[device.type] // max(1, build.spec.n_steps))  # images
@@ -114,26 +116,30 @@ class Worker:
         report
             Hears of every image once.
         """
-        build, store = self._build, StoreReader(self._build.path)
-        ids = build.images.ids[: store.n_images]
-        with ShardWriter(build.path, build.spec, ids, self._runtime) as writer:
-            for job, pixels, reasons in self._decoder.decode(self._jobs(shards, store, writer, report)):
-                arrays = self._attributor(pixels, *self._listed(job), reasons)
-                writer.add(job, arrays, is_staged=False)
-                errors = arrays["completeness_error"][arrays["status"] == BUILT]
-                report(Advance(len(job), int(arrays["n_steps"].sum()), errors))
+        images, spec = self._build.images, self._build.spec
+        with hold(self._build.path) as folder:
+            store = StoreReader(folder.path)
+            listed = images.ids[: store.n_images], images.labels[: store.n_images]
+            with ShardWriter(folder, spec, *listed, self._runtime) as writer:
+                for job, pixels, reasons in self._decoder.decode(self._jobs(shards, folder, store, writer, report)):
+                    arrays = self._attributor(pixels, *self._listed(job), reasons)
+                    writer.add(job, arrays, is_staged=False)
+                    errors = arrays["completeness_error"][arrays["status"] == BUILT]
+                    report(Advance(len(job), int(arrays["n_steps"].sum()), errors))
 
-    def _jobs(self, shards: Iterable[int], store: StoreReader, writer: ShardWriter, report: Report) -> Iterator[Job]:
+    def _jobs(
+        self, shards: Iterable[int], folder: Folder, store: StoreReader, writer: ShardWriter, report: Report
+    ) -> Iterator[Job]:
         """The units that are neither staged nor, by somebody else since this build began, in a finished shard."""
         for shard in shards:
             record = store.record(shard)
             if record is not None:
                 if record["failed"]:
-                    self._retry_failed(shard, record)
+                    self._retry_failed(folder, shard, record, writer)
                 report(Advance(record["images"][1] - record["images"][0]))
                 continue
             for job in self._units(shard, *store.bounds(shard)):
-                staged = staging.load_unit(self._build.path, store.spec, job.first, len(job))
+                staged = staging.load_unit(folder, store.spec, job.first, len(job))
                 # a unit in which an image failed is done again whole, in the same batches
                 if staged is not None and not (staged["status"] == FAILED).any():
                     writer.add(job, staged, is_staged=True)
@@ -146,13 +152,13 @@ class Worker:
         for start in range(first, last, self._unit):
             yield Job(shard, start, min(start + self._unit, last))
 
-    def _listed(self, job: Job) -> tuple[NDArray[np.int16], Sequence[str]]:
+    def _listed(self, job: Job) -> tuple[NDArray[np.int32], Sequence[str]]:
         images = self._build.images
         return images.labels[job.first : job.last], images.ids[job.first : job.last]
 
-    def _retry_failed(self, shard: int, record: dict[str, Any]) -> None:
+    def _retry_failed(self, folder: Folder, shard: int, record: dict[str, Any], writer: ShardWriter) -> None:
         """Try the failed images of a finished shard again, and write it anew if that changed anything."""
-        ids, store = self._build.images.ids, StoreReader(self._build.path)
+        ids, store = self._build.images.ids, StoreReader(folder.path)
         first, last = record["images"]
         failed = np.flatnonzero(store.status[first:last] == FAILED).tolist()
         jobs = [Job(shard, first + place, first + place + 1) for place in failed]
@@ -163,8 +169,8 @@ class Worker:
                 changed[job.first - first] = arrays
         if not changed:
             return
-        names = [name for name in layout.variables(store.spec) if name not in layout.LISTED]
-        whole = {name: store.array(name).read(range(first, last)) for name in names}
+        names = [name for name in store.variables if name not in layout.LISTED]
+        whole = {name: np.array(store.values(name, shard, record)) for name in names}
         reasons_by_id = dict(record["failed"])
         for place, arrays in changed.items():
             for name in names:
@@ -176,5 +182,5 @@ class Worker:
         kept |= {"failed": reasons_by_id, "evaluations": int(whole["n_steps"].sum())}
         if "in_top5" in record:  # not known of shards that a merge has mixed
             kept["in_top5"] += sum(int(arrays["in_top5"][0]) for arrays in changed.values())
-        with writing(self._build.path):
-            write_shard(self._build.path, store.spec, store.n_images, shard, whole, kept)
+        whole |= writer.listed(first, last)
+        write_shard(folder, store.spec, store.n_images, shard, whole, kept, instead_of=record)

@@ -94,8 +94,8 @@ class Attributor:
         """Raise `UserError` unless the spec's method exists, with so many steps."""
         rule(spec.method, spec.n_steps)
 
-    def check_labels(self, labels: NDArray[np.int16], image_ids: Sequence[str]) -> None:
-        """Raise `UserError`, naming the image, unless all labels, int16 (image,), are the network's classes or -1."""
+    def check_labels(self, labels: NDArray[np.int32], image_ids: Sequence[str]) -> None:
+        """Raise `UserError`, naming the image, unless all labels, int32 (image,), are the network's classes or -1."""
         wrong = np.flatnonzero(labels >= self.n_classes)
         if len(wrong):
             raise UserError(
@@ -104,7 +104,7 @@ class Attributor:
             )
 
     def __call__(
-        self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str], reasons: Sequence[str]
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str], reasons: Sequence[str]
     ) -> Arrays:
         """Attribute a few images.
 
@@ -113,7 +113,7 @@ class Attributor:
         pixels
             uint8 (image, channel, y, x).
         labels
-            int16 (image,), -1 where unknown.
+            int32 (image,), -1 where unknown.
         image_ids
             One an image.
         reasons
@@ -178,7 +178,7 @@ class Attributor:
         return self.batch_size / seconds
 
     def _attribute_shrinking(
-        self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str]
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str]
     ) -> Arrays:
         while True:
             try:
@@ -200,7 +200,7 @@ class Attributor:
             yield
         except IgstoreError:
             raise
-        except Exception as error:  # networks may raise anything
+        except (Exception, SystemExit) as error:  # networks may raise anything
             if _is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"out of memory on {self.device} with batches of {self.batch_size}: give a smaller --batch-size, "
@@ -208,7 +208,7 @@ class Attributor:
                 ) from error
             raise ModelError(f"the network failed ({type(error).__name__}: {first_line(error)})") from error
 
-    def _attribute(self, pixels: NDArray[np.uint8], labels: NDArray[np.int16], image_ids: Sequence[str]) -> Arrays:
+    def _attribute(self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str]) -> Arrays:
         spec = self.spec
         x = self._normalise(pixels)
         baselines = baseline_pixels(
@@ -294,6 +294,6 @@ def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
     return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # torch has a class for CUDA's, and only a message for the CPU's
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -133,6 +133,6 @@ def state_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the advice that follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from igstore.cli import printable
 from igstore.errors import UserError
+from igstore.reporting.texts import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,15 +117,13 @@ class Chart:
 
     def csv(self) -> str:
         """Every point of the chart: panel, series, x, y, and the band's ends where there is one."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["panel", "series", self.x_label, self.y_label, "low", "high"])
+        lines: list[list[object]] = []
         for panel in self.panels:
             for series in panel.series:
                 empty = [""] * len(series.x)
                 columns = (series.x, series.y, series.low or empty, series.high or empty)
-                writer.writerows([panel.title, series.label, *point] for point in zip(*columns, strict=True))
-        return text.getvalue()
+                lines += [[panel.title, series.label, *point] for point in zip(*columns, strict=True)]
+        return csv_text(["panel", "series", self.x_label, self.y_label, "low", "high"], lines)
 
     def png(self) -> bytes:
         """A picture on white."""
@@ -178,10 +177,10 @@ class Chart:
                 ls=look.line,
                 lw=look.width,
                 marker=look.marker,
-                label=series.label,
+                label=printable(series.label),
                 clip_on=False,
             )
-        axes.set_title(panel.title if len(self.panels) > 1 else "", loc="left")
+        axes.set_title(printable(panel.title) if len(self.panels) > 1 else "", loc="left")
         axes.set_ylim(*self.y_limits)
         if self.x_is_log:
             axes.set_xscale("log")

@@ -86,12 +86,15 @@ def visible_by_p(findings: Findings, cases: Sequence[Case], name: str) -> Chart:
 
 
 def completeness(findings: Findings, name: str) -> Chart:
-    """How many images have a completeness error of at most so much; a line for each store."""
+    """How many images have a completeness error of at most so much; a line for each store that was not imported."""
+    every = {
+        label: np.quantile(findings.completeness(row)[0], _LEVELS / 100, method="inverted_cdf").astype(np.float64)
+        for label, row in findings.integrated.items()
+    }
+    is_log = any(((quantiles > 0) & np.isfinite(quantiles)).any() for quantiles in every.values())
     series = []
-    for turn, (label, row) in enumerate(findings.stores.items()):
-        errors, _ = findings.completeness(row)
-        quantiles = np.quantile(errors, _LEVELS / 100, method="inverted_cdf").astype(np.float64)
-        drawn = (quantiles > 0) & np.isfinite(quantiles)  # a logarithmic axis has no place for others
+    for turn, (label, quantiles) in enumerate(every.items()):
+        drawn = np.isfinite(quantiles) & ((quantiles > 0) | (not is_log))  # a logarithmic axis has no place for 0
         series.append(
             Series(label=label, look=look_in_turn(turn), x=quantiles[drawn].tolist(), y=_LEVELS[drawn].tolist())
         )
@@ -100,5 +103,5 @@ def completeness(findings: Findings, name: str) -> Chart:
         x_label="completeness error",
         y_label="images with at most this error (%)",
         panels=[Panel("", series)],
-        x_is_log=True,
+        x_is_log=is_log,
     )

@@ -20,7 +20,7 @@ from igstore.errors import DamagedStoreError, StoreNotFoundError
 from igstore.masking import MaskOptions
 from igstore.reporting.results import NOT_SHOWN, Pairing, Row
 from igstore.reporting.results_folder import PREDICTIONS, RESULTS, read_rows
-from igstore.reporting.tables import describer, grouped, labeller
+from igstore.reporting.tables import by_p, kinds, lines, store_names
 from igstore.schema import IMAGE, UNKNOWN_LABEL, Keep, Order
 from igstore.storage.reading import NOT_THERE, reading
 
@@ -47,7 +47,7 @@ class Case:
 
     def side(self, keep: Keep, order: Order = "attribution") -> dict[float, Row]:
         """The rows of one side of the cut by p, in ascending order."""
-        found = {row.p: row for row in self.rows if (row.keep, row.order) == (keep, order)}
+        found = by_p(row for row in self.rows if (row.keep, row.order) == (keep, order))
         return dict(sorted(found.items()))
 
     @property
@@ -72,9 +72,9 @@ class Outcome:
     """
 
     images: NDArray[np.intp]
-    labels: NDArray[np.int16]
-    unmasked: NDArray[np.int16]
-    predicted: NDArray[np.int16]
+    labels: NDArray[np.int32]
+    unmasked: NDArray[np.int32]
+    predicted: NDArray[np.int32]
     visible: NDArray[np.float32]
 
     @property
@@ -180,25 +180,20 @@ class Findings:
     @cached_property
     def cases(self) -> dict[str, list[Case]]:
         """The cases of each kind of masks, in the order of the rows."""
-        found = {}
-        for masks, of_masks in grouped(self.rows, describer(self.rows)).items():
-            # a label names the order, too, which is no case of its own
-            names = {row: labeller(of_masks)(dataclasses.replace(row, order="attribution")) for row in of_masks}
-            labels = grouped(of_masks, names.__getitem__)
-            found[masks] = [Case(label, masks, rows) for label, rows in labels.items()]
-        return found
+        return {
+            masks: [Case(label, masks, rows) for label, rows in lines(of_masks, orders_apart=False).items()]
+            for masks, of_masks in kinds(self.rows).items()
+        }
 
     @cached_property
     def stores(self) -> dict[str, Row]:
         """One row of each store, by what to call the store."""
-        first: dict[str, Row] = {}
-        for row in self.rows:
-            first.setdefault(row.store_settings_sha256, row)
-        models = [row.store_model for row in first.values()]
-        return {
-            row.store_model if models.count(row.store_model) == 1 else f"{row.store_model}, {row.store}": row
-            for row in first.values()
-        }
+        return store_names(self.rows)
+
+    @property
+    def integrated(self) -> dict[str, Row]:
+        """Of those stores, the ones that igstore built: their maps are complete, but for errors."""
+        return {name: row for name, row in self.stores.items() if not row.is_imported}
 
     def class_name(self, index: int) -> str:
         """What a class is called."""
@@ -215,8 +210,8 @@ class Findings:
 
     def _place(self, row: Row) -> tuple[int, int]:
         """Where a row's images are among the predictions: pair and cell."""
-        pair, cell = (tuple(getattr(row, name) for name in _names(kind)) for kind in (Pairing, MaskOptions))
-        return self._pairs[pair], self._cells[cell]
+        cell = tuple(getattr(row, name) for name in _names(MaskOptions))
+        return self._pairs[row.pairing], self._cells[cell]
 
     def outcome(self, rows: Sequence[Row]) -> Outcome:
         """What became of the labelled images under the masks of these rows, all of one case."""
@@ -243,11 +238,10 @@ class Findings:
     def by_class(self, case: Case, keep: Keep) -> ByClass:
         """How many images of each class are right on one side of the cut, of a case that has that side."""
         outcome = self.outcome(list(case.side(keep).values()))
-        images = np.bincount(outcome.labels)
+        classes, places = np.unique(outcome.labels, return_inverse=True)
         right = [outcome.unmasked == outcome.labels, *outcome.right]
-        counts = np.stack([np.bincount(outcome.labels[of], minlength=len(images)) for of in right])
-        classes = np.flatnonzero(images)
-        return ByClass(classes, images[classes], counts[0, classes], counts[1:, classes])
+        counts = np.stack([np.bincount(places[of], minlength=len(classes)) for of in right])
+        return ByClass(classes.astype(np.intp), np.bincount(places), counts[0], counts[1:])
 
     def contrasts(self, case: Case, keep: Keep) -> list[Contrast]:
         """The images that are right from this side alone at some p, those with the fewest pixels visible first."""
@@ -258,13 +252,14 @@ class Findings:
         own, other = sides[keep], sides["bottom" if keep == "top" else "top"]
         alone = own.right & ~other.right  # (p, image)
         every_p = list(both)
+        ids = self.predictions[IMAGE].values  # which asking for copies
         found = []
         for image in np.flatnonzero(alone.any(axis=0)).tolist():
             at = np.flatnonzero(alone[:, image]).tolist()
             most = at[0] if keep == "top" else at[-1]
             found.append(
                 Contrast(
-                    image_id=str(self.predictions[IMAGE].values[own.images[image]]),
+                    image_id=str(ids[own.images[image]]),
                     label=int(own.labels[image]),
                     unmasked=int(own.unmasked[image]),
                     every_p=tuple(every_p[place] for place in at),

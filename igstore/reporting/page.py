@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape as text
 from importlib.resources import files
 from string import Template
 
@@ -16,6 +15,7 @@ from PIL import Image
 
 from igstore.reporting.charts import Chart
 from igstore.reporting.tables import Line, Table
+from igstore.reporting.texts import html as text
 from igstore.show import Panel
 
 _JPEG_QUALITY = 85

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from igstore.cli import printable
 from igstore.masking import MaskOptions
 from igstore.reporting.proportions import mcnemar_p, wilson_interval
 from igstore.schema import IMAGE, UNKNOWN_LABEL, BuildSpec, Fill, Keep, Order, Score, Select
@@ -58,10 +59,28 @@ class Pairing:
     igstore_version: str
     torch_version: str
 
+    def __post_init__(self) -> None:
+        for name in PAIRING_FIELDS:  # some of these words come from a store, which may be anybody's
+            value = getattr(self, name)
+            object.__setattr__(self, name, printable(value) if isinstance(value, str) else value)
+
+    @property
+    def pairing(self) -> tuple[Any, ...]:
+        """The values of these fields."""
+        return tuple(getattr(self, name) for name in PAIRING_FIELDS)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the store's maps were made elsewhere: Integrated Gradients of igstore's take a step at least."""
+        return self.n_steps == 0
+
     @property
     def is_own(self) -> bool:
         """Whether the model was shown the masks that it made itself."""
         return self.weights_sha256 == self.store_weights_sha256
+
+
+PAIRING_FIELDS = tuple(field.name for field in dataclasses.fields(Pairing))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +130,11 @@ class Row(Pairing):
     mcnemar_p: float | None
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """What the row is of, by what it is and not by what it is called: no other row has the same."""
+        return (self.store_settings_sha256, self.model, self.weights_sha256, self.cell)
+
+    @property
     def cell(self) -> MaskOptions:
         """The mask."""
         return MaskOptions(**{name: getattr(self, name) for name in _CELL_FIELDS})
@@ -128,9 +152,9 @@ class Shown:
     pairing
         The model and the store.
     image_ids, labels
-        Of the images shown, in the store's order; int16 (image,), -1 where unknown.
+        Of the images shown, in the store's order; int32 (image,), -1 where unknown.
     prediction
-        int16 (1 + cell, image): the class of the highest output; first of the unmasked images.
+        int32 (1 + cell, image): the class of the highest output; first of the unmasked images.
     in_top5
         bool (1 + cell, image): the label is among the five highest outputs.
     visible
@@ -143,8 +167,8 @@ class Shown:
 
     pairing: Pairing
     image_ids: Sequence[str]
-    labels: NDArray[np.int16]
-    prediction: NDArray[np.int16]
+    labels: NDArray[np.int32]
+    prediction: NDArray[np.int32]
     in_top5: NDArray[np.bool_]
     visible: NDArray[np.float64]
     completeness_error: NDArray[np.float32]
@@ -153,8 +177,12 @@ class Shown:
 
 
 def settings_sha256(spec: BuildSpec) -> str:
-    """Sha256 in hexadecimal of a store's settings: equal for stores that hold the same maps, wherever they are."""
-    return hashlib.sha256(json.dumps(spec.to_attributes(), sort_keys=True).encode()).hexdigest()
+    """Sha256 in hexadecimal of a store's settings: equal for stores that hold the same maps, wherever they are.
+
+    And in whatever version of the format: the first one's number is taken for all.
+    """
+    settings = spec.to_attributes() | {"format_version": 1}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
@@ -204,8 +232,8 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
 
     Returns
     -------
-    Dataset of ``prediction``, int16, and ``visible``, float32, the share of pixels left visible (both: pair, cell,
-    image); and of ``unmasked``, int16, ``completeness_error``, float32, and ``steps_spent``, int16 (all: pair, image).
+    Dataset of ``prediction``, int32, and ``visible``, float32, the share of pixels left visible (both: pair, cell,
+    image); and of ``unmasked``, int32, ``completeness_error``, float32, and ``steps_spent``, int16 (all: pair, image).
     A pair is a model and a store; its coordinates are the fields of `Pairing`. A cell is a mask; its coordinates are
     the fields of `MaskOptions`. ``image`` is the id, and ``label`` the class index, -1 where unknown. Images are those
     of all stores, sorted by id; where a store lacks an image, predictions are -1, steps 0 and the others NaN. Its
@@ -213,7 +241,7 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
     """
     ids = np.unique(np.concatenate([np.asarray(shown.image_ids, dtype=np.str_) for shown in every]))
     places = [np.searchsorted(ids, np.asarray(shown.image_ids, dtype=np.str_)) for shown in every]
-    labels = np.full(len(ids), UNKNOWN_LABEL, np.int16)
+    labels = np.full(len(ids), UNKNOWN_LABEL, np.int32)
     for shown, of_shown in zip(every, places, strict=True):
         labels[of_shown] = shown.labels
 
@@ -227,13 +255,13 @@ def predictions(every: Sequence[Shown], cells: Sequence[MaskOptions]) -> xr.Data
     masked, unmasked = ("pair", "cell", IMAGE), ("pair", IMAGE)
     return xr.Dataset(
         {
-            "prediction": (masked, joined([shown.prediction[1:] for shown in every], np.int16, NOT_SHOWN), describe),
+            "prediction": (masked, joined([shown.prediction[1:] for shown in every], np.int32, NOT_SHOWN), describe),
             "visible": (
                 masked,
                 joined([shown.visible[1:] for shown in every], np.float32, np.nan),
                 {"description": "share of the model's input pixels that the mask leaves visible, 0 to 1"},
             ),
-            "unmasked": (unmasked, joined([shown.prediction[0] for shown in every], np.int16, NOT_SHOWN), describe),
+            "unmasked": (unmasked, joined([shown.prediction[0] for shown in every], np.int32, NOT_SHOWN), describe),
             "completeness_error": (
                 unmasked,
                 joined([shown.completeness_error for shown in every], np.float32, np.nan),

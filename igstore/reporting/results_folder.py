@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,21 +18,29 @@ from igstore.errors import DamagedStoreError, StoreExistsError, UserError
 from igstore.names import is_foreign
 from igstore.reporting.results import Row
 from igstore.reporting.tables import article_tables
+from igstore.reporting.texts import csv_text
 from igstore.storage import files
+from igstore.wording import option
 
 RESULTS, CSV, TABLES, PREDICTIONS = "results.json", "results.csv", "tables.md", "predictions.zarr"
 
 
-def check_out(out: Path) -> None:
-    """Raise `StoreExistsError` unless a report may be written to `out`: nothing there, or nothing but a report."""
-    names = {path.name for path in out.iterdir() if not is_foreign(path.name)} if out.is_dir() else set()
-    strangers = sorted(names - {RESULTS, CSV, TABLES, PREDICTIONS})
-    if strangers or (out.exists() and not out.is_dir()):
-        what = f"holds {strangers[0]}, which igstore evaluate did not make" if strangers else "is a file"
-        raise StoreExistsError(f"{out} {what}: give another --out, or remove it")
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Raise `StoreExistsError` unless results may be written to `out`: nothing is there, or what may be overwritten."""
+    there = sorted(path.name for path in out.iterdir() if not is_foreign(path.name)) if out.is_dir() else []
+    strangers = [name for name in there if name not in (RESULTS, CSV, TABLES, PREDICTIONS)]
+    another = f"give another {option('out')}"
+    if out.exists() and not out.is_dir():
+        raise StoreExistsError(f"{out} is a file: {another}, or remove it")
+    if strangers:
+        raise StoreExistsError(
+            f"{out} holds {strangers[0]}, which igstore evaluate did not make: {another}, or remove it"
+        )
+    if there and not overwrite:
+        raise StoreExistsError(f"{out} holds the results of an evaluation: {another}, or {option('overwrite')}")
 
 
-def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset) -> None:
+def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset, *, overwrite: bool = False) -> None:
     """Write ``results.json``, ``results.csv``, ``tables.md`` and ``predictions.zarr`` into the folder `out`.
 
     They are written beside it under a temporary name, and then take the place of what was there.
@@ -41,18 +48,18 @@ def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset) -> Non
     Raises
     ------
     StoreExistsError
-        Something that is not a report is there.
+        Something that is not a report is there, or a report, and it is not to be overwritten.
     UserError
         The folder cannot be written.
     """
-    check_out(out)
+    check_out(out, overwrite=overwrite)
     out = out.absolute()
     making, replaced = (out.with_name(f".{out.name}.{os.getpid()}.{word}{files.PARTIAL}") for word in ("new", "old"))
     try:
         making.mkdir(parents=True)
+        files.write_atomically(making / RESULTS, results_json(rows))
         records = [dataclasses.asdict(row) for row in rows]
-        files.write_atomically(making / RESULTS, (json.dumps(records, indent=1, allow_nan=False) + "\n").encode())
-        files.write_atomically(making / CSV, _csv(records).encode())
+        files.write_atomically(making / CSV, csv_text(list(records[0]), map(dict.values, records)).encode())
         tables = "\n\n".join(table.markdown() for table in article_tables(rows))
         files.write_atomically(making / TABLES, f"{tables}\n".encode())
         with warnings.catch_warnings():
@@ -68,15 +75,12 @@ def write_report(out: Path, rows: Sequence[Row], predictions: xr.Dataset) -> Non
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _csv(records: Sequence[dict[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+def results_json(rows: Sequence[Row]) -> bytes:
+    """What ``results.json`` says of them."""
+    return (json.dumps([dataclasses.asdict(row) for row in rows], indent=1, allow_nan=False) + "\n").encode()
 
 
-def read_rows(out: Path) -> list[Row]:
+def read_rows(out: str | os.PathLike[str]) -> list[Row]:
     """The rows of the report in the folder `out`; none where there is no report.
 
     Raises
@@ -84,11 +88,14 @@ def read_rows(out: Path) -> list[Row]:
     DamagedStoreError
         Its ``results.json`` holds something else.
     """
+    results = Path(out) / RESULTS
     try:
-        return [Row(**record) for record in json.loads((out / RESULTS).read_bytes())]
+        rows = [Row(**record) for record in json.loads(results.read_bytes())]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, TypeError) as error:
-        raise DamagedStoreError(
-            f"{out / RESULTS} holds no results of this igstore's ({error}); remove {out}"
-        ) from error
+        raise DamagedStoreError(f"{results} holds no results of this igstore's ({error}); remove {out}") from error
+    again = Counter(row.identity for row in rows).most_common(1)
+    if again and again[0][1] > 1:
+        raise DamagedStoreError(f"{results} holds {again[0][1]} rows of one store, model and mask: {again[0][0]}")
+    return rows

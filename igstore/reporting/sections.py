@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,9 @@ from igstore.masking import MaskedImages
 from igstore.reporting import figures, page, summaries
 from igstore.reporting.charts import Chart
 from igstore.reporting.findings import KEEPS, Case, Contrast, Findings
-from igstore.reporting.results import Pairing
+from igstore.reporting.results import PAIRING_FIELDS
 from igstore.reporting.tables import article_tables
+from igstore.reporting.texts import csv_text
 from igstore.schema import Keep
 from igstore.show import Panel, heat_map, picture_of
 
@@ -59,11 +59,8 @@ class Beside:
         """Put records there as CSV, and return a paragraph that links to them; nothing where there are none."""
         if not records:
             return ""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        self.files[f"{name}.csv"] = text.getvalue().encode()
+        content = csv_text(list(records[0]), map(dict.values, records))
+        self.files[f"{name}.csv"] = content.encode()
         return page.download(words, f"{self.folder.name}/{name}.csv")
 
     def picture(self, name: str, content: Image.Image, words: str) -> str:
@@ -138,11 +135,20 @@ def visible(material: Material) -> Parts:
 
 def completeness(material: Material) -> Parts:
     """How good the maps are, and what they cost."""
-    caption = "How many images have a completeness error of at most so much; further left is better."
-    return [
-        material.beside.figure(figures.completeness(material.findings, "completeness"), caption),
-        page.table(summaries.effort(material.findings)),
-    ]
+    findings, parts = material.findings, []
+    if findings.integrated:
+        caption = "How many images have a completeness error of at most so much; further left is better."
+        parts.append(material.beside.figure(figures.completeness(findings, "completeness"), caption))
+        parts.append(page.table(summaries.effort(findings)))
+    others = [f"{name} ({row.method})" for name, row in findings.stores.items() if row.is_imported]
+    if others:
+        parts.append(
+            page.paragraph(
+                f"Imported, and not scored: {', '.join(others)}. Whether the sum of a map should be the output on the "
+                "image minus the output on the baseline, it is for what made the map to say."
+            )
+        )
+    return parts
 
 
 def classes(material: Material) -> Parts:
@@ -264,10 +270,8 @@ def _number(source: MaskedImages, contrast: Contrast) -> int:
 
 def provenance(material: Material, results_sha256: str) -> Parts:
     """What made the masks, what they were shown to, and what made this page."""
-    pairs = dict.fromkeys(
-        tuple(getattr(row, field.name) for field in dataclasses.fields(Pairing)) for row in material.findings.rows
-    )
-    names = [field.name.replace("_", " ") for field in dataclasses.fields(Pairing)]
+    pairs = dict.fromkeys(row.pairing for row in material.findings.rows)
+    names = [name.replace("_", " ") for name in PAIRING_FIELDS]
     parts = []
     for values in pairs:
         content = dict(zip(names, map(str, values), strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from igstore.attribution import logits, numerics
 from igstore.batches import MaskedBatch, MaskedBatches
+from igstore.binary import with_classes
 from igstore.building import provenance
 from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
@@ -20,13 +21,13 @@ from igstore.masking import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.results import Pairing, Shown, settings_sha256
-from igstore.schema import BUILT, UNKNOWN_LABEL
+from igstore.schema import BUILT, UNKNOWN_LABEL, whole_number
 from igstore.storage.reader import StoreReader
 
 _BATCH = {"cpu": 32, "cuda": 128}  # images; larger batches gain nothing
 
 # predicted class, whether the label is in the top five, visible share: (1 + cell, image), first the unmasked images
-_Views = tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.float64]]
+_Views = tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float64]]
 
 
 class ShowingPlan:
@@ -66,8 +67,7 @@ class ShowingPlan:
         batch_size: int | None,
         device: torch.device,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise UserError(f"limit is {limit}; it must be at least 1 image")
+        limit = None if limit is None else whole_number("limit", limit, 1)
         self.store = store
         self.classifiers = classifiers
         self.cells = cells
@@ -103,7 +103,8 @@ def show(plans: Sequence[ShowingPlan], *, show_progress: bool) -> list[Shown]:
         # all of them first, so that one that does not work is found before the work begins
         networks = {
             classifier: accelerate(
-                classifier.network, torch.zeros(1, 3, *classifier.preprocessing.crop).to(plan.device)
+                with_classes(classifier, "logit").network,
+                torch.zeros(1, 3, *classifier.preprocessing.crop).to(plan.device),
             )
             for plan in plans
             for classifier in plan.classifiers
@@ -147,7 +148,7 @@ def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells:
     in_top5 = (scores.topk(min(5, n_classes), dim=2).indices == labels).any(dim=2)
     visible = torch.stack([batch.visible(cell, own) for cell in cells])
     return (
-        scores.argmax(dim=2).cpu().numpy().astype(np.int16),
+        scores.argmax(dim=2).cpu().numpy().astype(np.int32),
         in_top5.cpu().numpy(),
         np.vstack([np.ones(len(batch)), visible.cpu().numpy()]),
     )

@@ -84,9 +84,9 @@ def classes(findings: Findings, case: Case, keep: Keep) -> Table | None:
 
 
 def effort(findings: Findings) -> Table:
-    """For each store, its completeness errors and the gradient evaluations spent on its maps."""
+    """For each store that was not imported, its completeness errors and the gradient evaluations spent on its maps."""
     groups = []
-    for label, row in findings.stores.items():
+    for label, row in findings.integrated.items():
         errors, steps = findings.completeness(row)
         median, most = np.quantile(errors, (0.5, 0.9), method="inverted_cdf")
         values, counts = np.unique(steps, return_counts=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from igstore.errors import UserError
 from igstore.reporting.results import Row
+from igstore.reporting.texts import markdown
 from igstore.schema import Keep
 
 WIDTH = 100  # columns of a terminal
@@ -51,7 +54,8 @@ class Table:
         """The table in GitHub's Markdown, under its title and note."""
         rule = ("---", *["---:"] * (len(self.header) - 1))
         lines = [self.header, rule, *(line for group in self.groups for line in group)]
-        return "\n".join([f"**{self.title}**", "", self.note, "", *(f"| {' | '.join(line)} |" for line in lines)])
+        rows = [f"| {' | '.join(map(markdown, line))} |" for line in lines]
+        return "\n".join([f"**{markdown(self.title)}**", "", markdown(self.note), "", *rows])
 
 
 def _aligned(line: Line, widths: Sequence[int]) -> str:
@@ -66,7 +70,7 @@ def article_tables(rows: Sequence[Row]) -> list[Table]:
     by side at p=50, or at the middle one where that is missing. A table without rows is left out.
     """
     tables = []
-    for masks, of_masks in grouped(rows, describer(rows)).items():
+    for masks, of_masks in kinds(rows).items():
         for number, keep in enumerate(_SHOWN, start=1):
             kept = [row for row in of_masks if row.keep == keep]
             if kept:
@@ -80,8 +84,8 @@ def article_tables(rows: Sequence[Row]) -> list[Table]:
 def _by_p(title: str, masks: str, rows: Sequence[Row]) -> Table:
     every_p = sorted({row.p for row in rows}, reverse=True)
 
-    def lines(label: str, of_label: Sequence[Row]) -> tuple[Line, ...]:
-        first, at = of_label[0], {row.p: row for row in of_label}
+    def group(label: str, of_label: Sequence[Row]) -> tuple[Line, ...]:
+        first, at = of_label[0], by_p(of_label)
 
         def line(name: str, unmasked: str, of_row: Callable[[Row], str]) -> Line:
             return (name, unmasked, *(of_row(at[p]) if p in at else "" for p in every_p))
@@ -93,15 +97,15 @@ def _by_p(title: str, masks: str, rows: Sequence[Row]) -> Table:
             line("pixels visible", percent(100, first.n), lambda row: percent(row.visible, row.n)),
         )
 
-    groups = tuple(lines(label, of_label) for label, of_label in grouped(rows, labeller(rows)).items())
+    groups = tuple(group(label, of_label) for label, of_label in lines(rows).items())
     return Table(f"{title}, {images_of(rows)}", masks, ("model", "unmasked", *(f"p={p:g}" for p in every_p)), groups)
 
 
 def _both_sides(rows: Sequence[Row]) -> dict[str, dict[float, tuple[Row, Row]]]:
     """The rows of top and bottom by label and p, where there are both."""
     sides: dict[str, dict[float, tuple[Row, Row]]] = {}
-    for label, of_label in grouped(rows, labeller(rows)).items():
-        top, bottom = ({row.p: row for row in of_label if row.keep == keep} for keep in _SHOWN)
+    for label, of_label in lines(rows).items():
+        top, bottom = (by_p(row for row in of_label if row.keep == keep) for keep in _SHOWN)
         if both := {p: (top[p], bottom[p]) for p in sorted(top.keys() & bottom.keys())}:
             sides[label] = both
     return sides
@@ -131,50 +135,130 @@ def _top_against_bottom(masks: str, sides: dict[str, dict[float, tuple[Row, Row]
     )
 
 
-def describer(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """What to say of a row's masks: whose they are, how they were made, and what p means; not which p or order.
+def kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by the kind of their masks: whose they are, how they were made, and what p means; not which p or order.
 
-    They are a model's own where these rows show them to nobody else.
+    Masks are a model's own where these rows show them to nobody else; then models share a kind. Each has a sentence of
+    its own. Kinds and rows are in the order in which they come.
     """
     shared = {row.store_settings_sha256 for row in rows if not row.is_own}
 
-    def describe(row: Row) -> str:
-        whose = f"Masks of {row.store_model}" if row.store_settings_sha256 in shared else "Own masks"
-        how = f"{row.baseline} baseline, {row.target} as target, {row.n_steps} steps"
-        if not row.n_steps:  # imported maps
-            how = f"made by {row.method}, {row.target} as target"
-        return (
-            f"{whose} ({how}); "
-            f"p by {row.select}, {row.score} scores of {row.block}x{row.block} blocks; {row.fill} fill."
-        )
+    def kind(row: Row) -> tuple[object, ...]:
+        owner = (row.store_model, row.store_weights, row.store_weights_sha256)
+        made = (row.baseline, row.target, row.output, row.method, row.n_steps, row.reduce)
+        mask = (row.select, row.score, row.block, row.fill)
+        return (owner if row.store_settings_sha256 in shared else None, *made, *mask)
 
-    return describe
+    def whose(row: Row) -> str:
+        return f"Masks of {row.store_model}" if row.store_settings_sha256 in shared else "Own masks"
+
+    groups = _grouped(rows, kind)
+    names = _distinct(
+        groups,
+        lambda row: (whose(row), _how(row), _mask(row)),
+        [lambda row: row.store_weights, lambda row: _short(row.store_weights_sha256), lambda row: row.baseline],
+    )
+    sentences = {
+        key: f"{', '.join([words[0], *more])} ({words[1]}); {words[2]}" for key, (words, more) in names.items()
+    }
+    return {sentences[key]: group for key, group in groups.items()}
 
 
-def labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """What to call a row's line among these rows: the model, and as much more as it takes to tell the lines apart."""
-    more = ("weights", "store", "seed")
-    seen: dict[str, list[set[object]]] = {}
+def _how(row: Row) -> str:
+    made = f"{row.baseline} baseline, {row.target} as target, {row.n_steps} steps"
+    if row.is_imported:
+        made = f"made by {row.method}, {row.target} as target"
+    unusual = [] if row.is_imported or row.method == "riemann_right" else [row.method]
+    unusual += [row.output] if row.output != "logit" else []
+    unusual += [f"{row.reduce} of the channels"] if row.reduce != "sum" else []
+    return ", ".join([made, *unusual])
+
+
+def _mask(row: Row) -> str:
+    return f"p by {row.select}, {row.score} scores of {row.block}x{row.block} blocks; {row.fill} fill."
+
+
+def lines(rows: Sequence[Row], *, orders_apart: bool = True) -> dict[str, list[Row]]:
+    """The rows of a kind by their line in a table: by model, store, seed and order.
+
+    Each has a name of its own: the model, and as much more as it takes to tell the lines apart.
+    """
+
+    def line(row: Row) -> tuple[object, ...]:
+        pair = (row.store, row.store_settings_sha256, row.model, row.weights, row.weights_sha256)
+        return (*pair, row.seed, row.order if orders_apart else None)
+
+    def name(row: Row) -> str:
+        return f"{row.model}, random order" if orders_apart and row.order == "random" else row.model
+
+    groups = _grouped(rows, line)
+    parts: list[Callable[[Row], str]] = [
+        lambda row: row.weights,
+        lambda row: row.store,
+        lambda row: str(row.seed),
+        lambda row: _short(row.weights_sha256),
+        lambda row: f"settings {_short(row.store_settings_sha256)}",
+    ]
+    return {", ".join([words, *more]): groups[key] for key, (words, more) in _distinct(groups, name, parts).items()}
+
+
+def store_names(rows: Sequence[Row]) -> dict[str, Row]:
+    """A row of each store, by a name of its own: its model, and as much more as it takes."""
+    groups = _grouped(rows, lambda row: row.store_settings_sha256)
+    parts: list[Callable[[Row], str]] = [
+        lambda row: row.store,
+        lambda row: f"settings {_short(row.store_settings_sha256)}",
+    ]
+    names = _distinct(groups, lambda row: row.store_model, parts)
+    return {", ".join([words, *more]): groups[key][0] for key, (words, more) in names.items()}
+
+
+def by_p(rows: Iterable[Row]) -> dict[float, Row]:
+    """The rows of one line and side by p.
+
+    Raises
+    ------
+    UserError
+        Two are of one p: nothing could tell them apart.
+    """
+    at: dict[float, Row] = {}
     for row in rows:
-        for values, name in zip(seen.setdefault(row.model, [set() for _ in more]), more, strict=True):
-            values.add(getattr(row, name))
-
-    def label(row: Row) -> str:
-        order = ["random order"] if row.order == "random" else []
-        differing = [
-            str(getattr(row, name)) for name, values in zip(more, seen[row.model], strict=True) if len(values) > 1
-        ]
-        return ", ".join([row.model, *order, *differing])
-
-    return label
+        if at.setdefault(row.p, row) is not row:
+            raise UserError(f"there are two rows of {row.model} on {row.store} with {row.cell}; there can be one")
+    return at
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    """The rows by what `key` says of them, groups and rows in the order in which they come."""
-    groups: dict[str, list[Row]] = {}
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Hashable, list[Row]]:
+    """The rows by their keys, groups and rows in the order in which they come."""
+    groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
+
+
+_Words = TypeVar("_Words", bound=Hashable)
+
+
+def _distinct(
+    groups: Mapping[Hashable, Sequence[Row]], name: Callable[[Row], _Words], parts: Sequence[Callable[[Row], str]]
+) -> dict[Hashable, tuple[_Words, list[str]]]:
+    """A name for each group, and what to say besides: of `parts`, in turn, what tells it from others of that name."""
+    words = {key: name(group[0]) for key, group in groups.items()}
+    more: dict[Hashable, list[str]] = {key: [] for key in groups}
+    for part in parts:
+        alike: dict[Hashable, list[Hashable]] = {}
+        for key in groups:
+            alike.setdefault((words[key], *more[key]), []).append(key)
+        for keys in alike.values():
+            said = {key: part(groups[key][0]) for key in keys}
+            if len(set(said.values())) > 1:
+                for key in keys:
+                    more[key].append(said[key])
+    return {key: (words[key], more[key]) for key in groups}
+
+
+def _short(sha256: str) -> str:
+    return sha256[:8]
 
 
 def percent(value: float, n: int) -> str:

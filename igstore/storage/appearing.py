@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,14 +10,23 @@ from pathlib import Path
 
 from igstore.errors import IgstoreError, StoreExistsError, UserError
 from igstore.storage import files
+from igstore.storage.locks import lock
 from igstore.storage.reading import access_error
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Give a path to make something at, which is renamed to `out` when the context ends well, and else removed.
+def appearing(out: Path, *, is_file: bool = False) -> Iterator[Path]:
+    """Give an empty folder, or file, to be filled, which is renamed to `out` when the context ends well, or is removed.
 
-    What a process that was killed left of `out` is removed first, where locks say that it is not alive.
+    What a process that was killed left of `out` is removed first, where locks say that it is not alive. A kill at any
+    moment leaves either the one or the other, and nothing beside them.
+
+    Parameters
+    ----------
+    out
+        Where it is to be. When the context has ended, it is on the disk.
+    is_file
+        A file rather than a folder.
 
     Raises
     ------
@@ -29,25 +37,31 @@ def appearing(out: Path) -> Iterator[Path]:
     AccessError
         The system does not let it be written: the disk is full, among other things.
     """
-    for leftover in files.temporaries(out):  # before anything else: it may have come as far as the rename
-        _remove_unless_alive(leftover)
+    for leftover in files.temporaries(out):
+        if not files.is_of_another_machine(leftover):
+            _remove_unless_alive(leftover)
     _check_free(out)
-    workshop = files.temporary_name(out)
+    making = files.temporary_name(out)
     try:
-        workshop.mkdir()
+        if is_file:
+            making.touch(exist_ok=False)
+        else:
+            making.mkdir()
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}; give a path in a folder that is there") from error
     try:
-        with _locked(workshop):
-            yield workshop / out.name
+        with _opened(making) as descriptor:
+            lock(descriptor)
+            yield making
+            files.flush(making)
             _check_free(out)
-            (workshop / out.name).replace(out)
-    except IgstoreError:
+            making.replace(out)
+            files.flush_names(out.parent)
+    except BaseException as error:
+        _remove(making)
+        if isinstance(error, OSError) and not isinstance(error, IgstoreError):
+            raise access_error(f"{out} cannot be written", error) from error
         raise
-    except OSError as error:
-        raise access_error(f"{out} cannot be written", error) from error
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _check_free(out: Path) -> None:
@@ -55,29 +69,26 @@ def _check_free(out: Path) -> None:
         raise StoreExistsError(f"{out} exists, and nothing is ever written over; give another name, or remove it")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the system's own lock of a folder, which it takes from a process that dies; yields whether there are any."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    has_locks = True
+def _remove_unless_alive(leftover: Path) -> None:
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            has_locks = False
-        yield has_locks
+        with _opened(leftover) as descriptor:
+            if lock(descriptor):
+                _remove(leftover)
+    except OSError:
+        pass  # it has just been finished or removed, or is somebody else's
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _remove_unless_alive(workshop: Path) -> None:
-    if files.is_of_another_machine(workshop) or not workshop.is_dir():
-        return
-    try:
-        with _locked(workshop) as has_locks:
-            if has_locks:
-                shutil.rmtree(workshop, ignore_errors=True)
-    except OSError:
-        pass  # somebody is at work in it, or has just finished
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 
 from igstore.errors import DamagedStoreError, IgstoreError
 from igstore.storage import files
+from igstore.storage.locks import lock
 from igstore.storage.reading import NOT_THERE, Recorded, access_error
 
 logger = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Keep other processes from fetching the same file as long as the context lasts, where the system has locks."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

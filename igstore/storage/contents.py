@@ -78,6 +78,8 @@ def check_images(spec: BuildSpec, values: Values, record: Mapping[str, Any], *, 
         yield "", "names other failed images than their statuses do"
     if record.get("evaluations") != values["n_steps"].sum():
         yield "", f"says {record.get('evaluations')} evaluations; the images' steps are {values['n_steps'].sum()}"
+    if "zero_maps" in record and "attribution" in values and record["zero_maps"] != layout.zero_maps(values):
+        yield "", f"says that {record['zero_maps']} maps are 0 everywhere; {layout.zero_maps(values)} are"
     first = int((values["prediction"] == label)[labelled].sum())
     if "in_top5" in record and not first <= record["in_top5"] <= labelled.sum():
         yield "", f"says {record.get('in_top5')} in the top 5; it must be between {first} and {labelled.sum()}"

@@ -18,7 +18,7 @@ from igstore.rank import ranking_attributes
 from igstore.schema import Compress
 from igstore.storage import files, layout
 from igstore.storage.reader import Sharded, StoreReader
-from igstore.storage.store import create_ranking, create_store, finish_store, write_rank_shard, write_shard
+from igstore.storage.store import create_ranking, finish_store, lay_out_store, write_rank_shard, write_shard
 
 Record = dict[str, Any]
 Arrays = dict[str, NDArray[Any]]
@@ -37,7 +37,7 @@ def write_copy(
     store
         As `check_finished` wants it.
     path
-        Where; nothing must be there.
+        Where to, an empty folder.
     omit
         Image-shaped variables to leave out, besides those that are left out already.
     compress
@@ -63,7 +63,7 @@ def write_copy(
         for name, ranking in rankings.items():
             record, arrays = read_shard(ranking, shard)
             kept = {**own_fields(record), "attribution_sha256": copy.attribution_sha256(written)}
-            write_rank_shard(path, name, store.spec, store.n_images, shard, arrays, kept)
+            write_rank_shard(path, name, shard, arrays, kept)
         first, last = store.bounds(shard)
         progress.advance(last - first)
     finish_store(path, {"complete": True})
@@ -76,7 +76,7 @@ def create_copy(store: StoreReader, path: Path, omitted: Sequence[str], compress
         attributes["omitted"] = list(omitted)
     if compress:
         attributes["compress"] = compress
-    create_store(path, store.spec, image_ids=store.image_ids, labels=store.scalars("label"), attributes=attributes)
+    lay_out_store(path, store.spec, image_ids=store.image_ids, labels=store.scalars("label"), attributes=attributes)
     for name in store.rankings:
         ranking = store.ranking(name)
         of_ranking = ranking_attributes(store.spec, ranking.score, ranking.block)
@@ -109,7 +109,7 @@ def check_finished(store: StoreReader) -> None:
 
 
 def read_shard(group: Sharded, shard: int, omit: Sequence[str] = ()) -> tuple[Record, Arrays]:
-    """The record of a finished shard, and its arrays (image, ...) but those of the image list and those in `omit`.
+    """The record of a finished shard, and its arrays (image, ...) but those in `omit`.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def read_shard(group: Sharded, shard: int, omit: Sequence[str] = ()) -> tuple[Re
                 f"{group.where}/{file} {problem}; `igstore verify {group.where}` says all that is damaged, the "
                 "`igstore build` that made the store repairs it"
             )
-    return record, {name: group.values(name, shard, record) for name in wanted if name not in layout.LISTED}
+    return record, {name: group.values(name, shard, record) for name in wanted}
 
 
 def own_fields(record: Record) -> Record:

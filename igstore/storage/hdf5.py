@@ -14,6 +14,7 @@ others as JSON texts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from igstore.storage import files
 
 ATTRIBUTES = "igstore"  # the attribute that holds them all
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 SUFFIXES = (".h5", ".hdf5")
 SIGNATURE = b"\x89HDF\r\n\x1a\n"  # begins a file
 
@@ -46,9 +48,14 @@ def piece_checksum(values: NDArray[Any]) -> dict[str, Any]:
 
 def attribute_values(attributes: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """The attributes of a group as HDF5 holds them."""
-    simple = (str, int, float)  # and so bool
     plain = {
-        name: value if isinstance(value, simple) else json.dumps(value, allow_nan=False)
-        for name, value in attributes.items()
+        name: value if _is_simple(value) else json.dumps(value, allow_nan=False) for name, value in attributes.items()
     }
     return {**plain, ATTRIBUTES: json.dumps(dict(attributes), allow_nan=False)}
+
+
+def _is_simple(value: object) -> bool:
+    """Whether HDF5 has such a value itself: texts are UTF-8 and end with a zero byte, whole numbers have 64 bits."""
+    if isinstance(value, str):
+        return _NO_TEXT.search(value) is None
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)

@@ -74,8 +74,16 @@ class Hdf5Form:
 
     def rankings(self) -> list[str]:
         """The names of what is in the group ``ranks``."""
-        with reading(self.where), self._file() as file:
-            return sorted(file["ranks"]) if "ranks" in file else []
+        import h5py
+
+        with reading(f"{self.where}/ranks"), self._file() as file:
+            if "ranks" not in file:
+                return []
+            if not isinstance(file.get("ranks", getlink=True), h5py.HardLink) or not isinstance(
+                file["ranks"], h5py.Group
+            ):
+                raise TypeError("it is no group of this file")
+            return sorted(file["ranks"])
 
     def records(self, names: Sequence[str]) -> list[bytes | None]:
         """Records, by the names that their files have in Zarr; None for those that are not there."""
@@ -91,6 +99,10 @@ class Hdf5Form:
                         raise TypeError(f"{dataset} are no texts")
                 found.append((texts[dataset][shard] or None) if shard < len(texts[dataset]) else None)
         return found
+
+    def is_plain(self, file: str) -> bool:
+        """As `ZarrForm.is_plain`; links of HDF5's are not followed anyway."""
+        return True
 
     def problem(self, file: str, recorded: Recorded) -> str:
         """As `ZarrForm.problem`, of the piece of a dataset that such a file would hold."""
@@ -119,7 +131,7 @@ class Hdf5Form:
                     raise TypeError(f"it is {values.dtype}, not {variable.numpy_dtype}")
                 yield shard, values if len(values) else None
 
-    def has_shards(self, name: str, n_images: int, shard_size: int) -> bool:
+    def has_shards(self, name: str, variable: layout.Variable, n_images: int, shard_size: int) -> bool:
         """Whether a per-image variable is there for so many images."""
         with reading(f"{self.where}/{name}"), self._file() as file:
             dataset = self._dataset(file, name)

@@ -17,7 +17,6 @@ from igstore.rank import ranking_attributes
 from igstore.schema import IMAGE
 from igstore.storage import files, hdf5
 from igstore.storage.copies import read_shard
-from igstore.storage.layout import LISTED
 from igstore.storage.reader import Sharded, StoreReader
 
 _ALIGNMENT = 4096  # bytes: datasets of that size and more begin at pages of memory
@@ -33,7 +32,7 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     store
         As `igstore.storage.copies.check_finished` wants it.
     path
-        The file; nothing must be there.
+        The file, empty.
     progress
         Counts the images.
 
@@ -67,7 +66,7 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
 
 @contextmanager
 def new_file(path: Path, **options: Any) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """A new HDF5 file to write, as h5py has it with these `options`; on the disk when the context ends.
+    """A new HDF5 file to write, as h5py has it with these `options`.
 
     Yields
     ------
@@ -90,7 +89,6 @@ def new_file(path: Path, **options: Any) -> Iterator[tuple[Any, Callable[[], Non
                 yield file, target.check
         finally:
             target.check()  # rather than what HDF5 says of what it does not find again
-    files.flush(path)
 
 
 class _Target(io.FileIO):
@@ -158,7 +156,6 @@ def _dimension(group: Any, name: str, length: int) -> Any:
 def _write_shard(file: Any, group: Sharded, ranking: str | None, shard: int, **fields: Any) -> dict[str, Any]:
     """Write a shard's piece of every dataset, and then its record with these `fields`, which is returned."""
     record, arrays = read_shard(group, shard)
-    arrays |= {name: group.values(name, shard, record) for name in group.variables if name in LISTED}
     first, last = group.bounds(shard)
     sums = {}
     for name, values in arrays.items():

@@ -11,6 +11,7 @@ from functools import partial
 from igstore.errors import DamagedStoreError
 from igstore.progress import Progress
 from igstore.storage import files
+from igstore.storage.presence import hold, writing
 from igstore.storage.reader import Sharded, StoreReader
 
 _MOST_THREADS = 8  # so many files at a time, so that a file server has something to do
@@ -80,6 +81,8 @@ def check_shard(group: Sharded, shard: int) -> list[Finding]:
         Something of it cannot be looked at.
     """
     record_file, expected = group.record_file(shard), group.shard_files(shard)
+    if not group.form.is_plain(record_file):
+        return [Finding("is not a regular file", record_file, shard)]
     try:
         record = group.any_record(shard)
     except DamagedStoreError:
@@ -110,10 +113,12 @@ def withdraw_damaged(
     for shard, findings in zip(
         shards, check_shards(group, shards, label=label, show_progress=show_progress), strict=True
     ):
-        # twice, because another process may just have been writing the shard anew
-        if _are_damage(findings) and _are_damage(check_shard(group, shard)):
-            (group.root / group.record_file(shard)).unlink(missing_ok=True)
-            withdrawn += findings
+        if _are_damage(findings):
+            with hold(group.root) as folder, writing(folder):
+                # again, because another process may just have been writing the shard anew
+                if _are_damage(findings := check_shard(group, shard)):
+                    folder.remove(group.record_file(shard))
+                    withdrawn += findings
     return withdrawn
 
 

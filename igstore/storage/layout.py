@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -15,9 +15,11 @@ from igstore.errors import UserError
 from igstore.schema import (
     BLOCK_X,
     BLOCK_Y,
+    BUILT,
     CHANNEL,
     FAILED,
     IMAGE,
+    IMPORTED,
     NOT_BUILT,
     UNKNOWN_LABEL,
     BuildSpec,
@@ -26,6 +28,7 @@ from igstore.schema import (
     Y,
     check_choice,
 )
+from igstore.wording import option
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,16 @@ def _scalar(dtype: str, fill_value: float | int | str, description: str) -> Vari
     return Variable((IMAGE,), dtype, fill_value, description)
 
 
+_CLASS = "int32"  # of class indices
+_CLASS_OF_VERSION_1 = "int16"
+
 # What the image list says; known before anything is computed.
 LISTED = {
     "image_id": _scalar("string", "", "file stem, or relative path where stems collide"),
-    "label": _scalar("int16", UNKNOWN_LABEL, "ground-truth class index, -1 unknown"),
+    "label": _scalar(_CLASS, UNKNOWN_LABEL, "ground-truth class index, -1 unknown"),
 }
+
+CLASS_INDICES = ("label", "target", "prediction")
 
 # What an export may leave out.
 OMISSIBLE = ("attribution", "pixels")
@@ -64,8 +72,8 @@ OMISSIBLE = ("attribution", "pixels")
 # What a failed image holds: the same as one that is not built, but for `status`.
 _COMPUTED = {
     "scale": _scalar("float32", 1.0, "power of two that multiplies the stored map"),
-    "target": _scalar("int16", -1, "class index that was attributed"),
-    "prediction": _scalar("int16", -1, "class index that the model predicts on the unmasked image"),
+    "target": _scalar(_CLASS, -1, "class index that was attributed"),
+    "prediction": _scalar(_CLASS, -1, "class index that the model predicts on the unmasked image"),
     "output": _scalar("float32", np.nan, "f(x), the target's output on the image"),
     "baseline_output": _scalar("float32", np.nan, "f(b), the target's output on the baseline"),
     "completeness_error": _scalar("float32", np.nan, "|sum - (f(x)-f(b))| / |f(x)-f(b)| before float16 rounding"),
@@ -81,14 +89,33 @@ def variables(spec: BuildSpec, omitted: Iterable[str] = ()) -> dict[str, Variabl
     Those that are `omitted` are left out, as thin copies of stores do.
     """
     map_dims = (IMAGE, CHANNEL, Y, X) if spec.reduce == "none" else (IMAGE, Y, X)
-    image_shaped = {"attribution": Variable(map_dims, "float16", 0.0, "Integrated Gradients divided by scale")}
+    method = "attribution" if spec.method == IMPORTED and spec.format_version > 1 else "Integrated Gradients"
+    image_shaped = {"attribution": Variable(map_dims, "float16", 0.0, f"{method} divided by scale")}
     if spec.pixels:
         dims = (IMAGE, CHANNEL, Y, X)
         image_shaped["pixels"] = Variable(
             dims, "uint8", 0, "the model's resized and cropped input, before normalisation"
         )
     every = image_shaped | LISTED | _COMPUTED
+    if spec.format_version == 1:
+        every |= {name: replace(every[name], dtype=_CLASS_OF_VERSION_1) for name in CLASS_INDICES}
     return {name: variable for name, variable in every.items() if name not in omitted}
+
+
+def check_classes(spec: BuildSpec, largest: int) -> None:
+    """Raise `UserError` unless class indices up to `largest` can be written into a store made with `spec`."""
+    most = int(np.iinfo(variables(spec)["label"].dtype).max)
+    if largest > most:
+        raise UserError(
+            f"the store is of format version {spec.format_version}, whose class indices end at {most}, and there is a "
+            f"class {largest}: give {option('overwrite')} to begin it anew, or another {option('store')}"
+        )
+
+
+def listed(spec: BuildSpec, image_ids: Iterable[str], labels: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+    """Those variables of a store made with `spec` that say which images it lists, (image,)."""
+    ids = np.array(list(image_ids), np.dtypes.StringDType())
+    return {"image_id": ids, "label": labels.astype(variables(spec)["label"].dtype)}
 
 
 def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
@@ -99,6 +126,12 @@ def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
         for name, variable in variables(spec).items()
         if name not in LISTED
     }
+
+
+def zero_maps(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """How many built images have a map that is 0 everywhere, of the variables of some images."""
+    maps = arrays["attribution"].reshape(len(arrays["status"]), -1)
+    return int(np.count_nonzero((arrays["status"] == BUILT) & ~maps.any(axis=1)))
 
 
 def rank_variables(n_blocks: int) -> dict[str, Variable]:
@@ -178,7 +211,7 @@ def record_mistake(record: object, shard: int, files: Iterable[str]) -> str:
     """What makes a JSON value no record of a shard that consists of `files`; "" where nothing does."""
     if not isinstance(record, dict):
         return f"it is a {type(record).__name__}"
-    if record.get("shard") != shard:
+    if type(record.get("shard")) is not int or record["shard"] != shard:
         return f"shard is {record.get('shard')!r:.40}, not {shard}"
     for field, is_right in _RECORD_FIELDS.items():
         if field in record and not is_right(record[field]):
@@ -198,6 +231,7 @@ _RECORD_FIELDS: dict[str, Callable[[Any], bool]] = {
     "files": lambda files: isinstance(files, dict) and all(map(_is_checksum, files.values())),
     "failed": lambda failed: isinstance(failed, dict) and all(isinstance(reason, str) for reason in failed.values()),
     "in_top5": _is_count,
+    "zero_maps": _is_count,
     "evaluations": _is_count,
     "seconds": lambda seconds: type(seconds) in (int, float) and 0 <= seconds < 2**63,
     "device": lambda device: isinstance(device, str),

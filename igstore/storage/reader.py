@@ -20,7 +20,7 @@ from igstore.blocks import block_grid
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.storage import layout
-from igstore.storage.arrays import ImageArray
+from igstore.storage.arrays import ImageArray, Recording
 from igstore.storage.hdf5_form import Hdf5Form
 from igstore.storage.reading import parse_json, reading
 from igstore.storage.sources import LocalFiles, open_source
@@ -159,11 +159,15 @@ class Sharded:
             There is no such array.
         """
         if name not in self._arrays:
-            array = self.form.image_array(self.array_path(name), self._recorded)
-            if name in self.variables:
-                self._check(array, self.variables[name])
-            self._arrays[name] = array
+            self._arrays[name] = self._opened(name, self._recorded)
         return self._arrays[name]
+
+    def _opened(self, name: str, recorded: Recording) -> ImageArray:
+        array = self.form.image_array(self.array_path(name), recorded)
+        if name in self.variables:
+            self._check(array, self.variables[name])
+            array.shape = (self.n_images, *array.shape[1:])  # it is longer while the store is extended
+        return array
 
     def _recorded(self, shard: int) -> dict[str, Any] | None:
         record = self.records.get(shard)
@@ -184,7 +188,7 @@ class Sharded:
         """
         variable = self.variables[name]
         if variable.is_sharded:
-            return self.form.image_array(self.array_path(name), lambda _: record).shard(shard)
+            return self._opened(name, lambda _: record).shard(shard)
         first, last = self.bounds(shard)
         ((_, found),) = self.form.scalars(
             name, variable, [shard], shard_size=self.shard_size, recorded=lambda _: record
@@ -311,7 +315,7 @@ class StoreReader(Sharded):
         super().__init__(
             store,
             ranking=None,
-            n_images=_check_listed(store, self.attributes.get("n_images"), self.spec.shard_size),
+            n_images=_check_listed(store, self.attributes.get("n_images"), self.spec),
             shard_size=self.spec.shard_size,
             variables=layout.variables(self.spec, self.omitted),
             sizes=layout.sizes(self.spec),
@@ -339,9 +343,7 @@ class StoreReader(Sharded):
             variable = self.variables[name]
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
-            found_of = self.form.scalars(
-                name, variable, shards, shard_size=self.shard_size, recorded=lambda shard: self.records.get(shard)
-            )
+            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=self._recorded)
             for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]
@@ -367,6 +369,12 @@ class StoreReader(Sharded):
         """Why each failed image failed, by its id."""
         records = [self.records[shard] for shard in sorted(self.records)]
         return {name: why for record in records for name, why in record.get("failed", {}).items()}
+
+    @property
+    def zero_maps(self) -> int | None:
+        """How many built images have a map that is 0 everywhere; None where records of older stores do not say it."""
+        counts = [record.get("zero_maps") for record in self.records.values()]
+        return None if None in counts else sum(count for count in counts if count)
 
     @property
     def not_built(self) -> NDArray[np.int64]:
@@ -407,11 +415,12 @@ def _omitted(where: str, names: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_listed(form: Form, n_images: object, shard_size: int) -> int:
+def _check_listed(form: Form, n_images: object, spec: BuildSpec) -> int:
     """The number of images that a store says it lists, if it has as many labels.
 
     Memory for whatever there is one of an image is bounded by it, and so by what is there.
     """
-    if type(n_images) is int and n_images >= 1 and form.has_shards("label", n_images, shard_size):
+    label = layout.variables(spec)["label"]
+    if type(n_images) is int and n_images >= 1 and form.has_shards("label", label, n_images, spec.shard_size):
         return n_images
     raise DamagedStoreError(f"{form.where} says that it lists {n_images!r:.20} images, but it has not as many labels")

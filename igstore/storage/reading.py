@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,9 +106,16 @@ def parse_json(content: bytes | str) -> Any:
     if text.count(b"[") + text.count(b"{") > _MOST_CONTAINERS:
         raise ValueError(f"it holds more than {_MOST_CONTAINERS} lists and objects")
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=_finite, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is no number of JSON's")
+    return number
 
 
 def open_regular(path: Path) -> int:

@@ -173,6 +173,10 @@ class RemoteFiles:
             self._fills_cache = False
             return None
 
+    def is_plain(self, file: str) -> bool:
+        """As `Source.is_plain`; nothing else has an address."""
+        return True
+
     def problem(self, file: str, recorded: Recorded) -> str:
         """As `Source.problem`."""
         crc = 0

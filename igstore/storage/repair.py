@@ -13,8 +13,9 @@ from igstore.images import ImageList
 from igstore.schema import BuildSpec
 from igstore.storage import files
 from igstore.storage.integrity import withdraw_damaged
+from igstore.storage.layout import LISTED
 from igstore.storage.reader import StoreReader
-from igstore.storage.store import finish_store, lay_out_store, read_json
+from igstore.storage.store import Contents, bring_about, contents, finish_store, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,35 +50,51 @@ def repair_store(
     UserError
         It is a thin copy of such a store.
     """
-    root = read_json(path / "zarr.json")
-    own = root.get("attributes") if isinstance(root, dict) else None
-    if isinstance(own, dict) and files.is_sealed(own):
-        n_images, attributes = own.get("n_images"), own
-        try:
-            if BuildSpec.from_attributes(own) != spec:
-                return
-        except SettingsMismatchError:
-            return
-        if own.get("omitted"):
-            raise UserError(f"{path} is a thin copy of a store, and only whole ones are built on; give the whole store")
-    else:
-        n_images = _recorded_images(path, spec)
-        attributes = {**(own if isinstance(own, dict) else {}), **attributes}
-        if not n_images:
-            return  # nothing says that this is such a store; opening it says what is wrong
-        logger.warning("%s is damaged: writing it again", path / "zarr.json")
-    lay_out_store(path, spec, image_ids=images.ids[:n_images], labels=images.labels[:n_images], attributes=attributes)
+
+    def wanted() -> Contents | None:
+        said = _said(path, spec, attributes)
+        if said is None or not 1 <= said[0] <= len(images):
+            return None  # not such a store; opening it says what it is, or what is wrong
+        ids, labels = images.ids[: said[0]], images.labels[: said[0]]
+        return contents(path, spec, image_ids=ids, labels=labels, attributes=said[1])
+
+    if wanted() is None:
+        return
+    bring_about(path, wanted)
     store = StoreReader(path)
     shards = part.shards(store.n_shards)
     damaged = withdraw_damaged(store, shards, label="checking", show_progress=show_progress)
     for finding in damaged:
         logger.warning("%s; building the shard again", finding)
-    if damaged and store.attributes["complete"]:
+    if damaged and store.attributes.get("complete"):
         finish_store(path, {"complete": False})
 
 
-def _recorded_images(path: Path, spec: BuildSpec) -> int:
-    """How many images a store has at least, by the records of shards that were made with `spec`; 0 without any."""
+def _said(path: Path, spec: BuildSpec, attributes: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]] | None:
+    """How many images a store of `spec` lists, and its attributes; None where it is none.
+
+    Where its own attributes are damaged, the number is the largest that anything in it speaks of, and what they lack is
+    taken from `attributes`.
+    """
+    root = read_json(path / "zarr.json")
+    own = root.get("attributes") if isinstance(root, dict) else None
+    if isinstance(own, dict) and files.is_sealed(own):
+        try:
+            if BuildSpec.from_attributes(own) != spec:
+                return None
+        except SettingsMismatchError:
+            return None
+        if own.get("omitted"):
+            raise UserError(f"{path} is a thin copy of a store, and only whole ones are built on; give the whole store")
+        n_images = own.get("n_images")
+        return (n_images, own) if type(n_images) is int else None
     records = [read_json(file) for file in path.glob("records/*.json")]
     ours = [record for record in records if isinstance(record, dict) and record.get("settings") == spec.to_attributes()]
-    return max((record["images"][1] for record in ours if files.is_sealed(record)), default=0)
+    ends = [record["images"][1] for record in ours if files.is_sealed(record)]
+    if not ends:
+        return None
+    arrays = [read_json(path / name / "zarr.json") for name in LISTED]
+    shapes = [array.get("shape") for array in arrays if isinstance(array, dict)]
+    ends += [shape[0] for shape in shapes if isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int]
+    logger.warning("%s is damaged: writing it again", path / "zarr.json")
+    return max(ends), {**(own if isinstance(own, dict) else {}), **attributes}

@@ -71,6 +71,9 @@ class Source(Protocol):
     def path(self, file: str, recorded: Recorded) -> Path | None:
         """A path of the file on this machine; None where it is only to be had in parts."""
 
+    def is_plain(self, file: str) -> bool:
+        """Whether nothing but a regular file is there, if anything is: no link, folder or pipe."""
+
     def problem(self, file: str, recorded: Recorded) -> str:
         """Why a file is not the one that was recorded, in words that follow its name; "" where it is."""
 
@@ -113,6 +116,11 @@ class LocalFiles:
     def path(self, file: str, recorded: Recorded) -> Path:
         """As `Source.path`."""
         return self.root / file
+
+    def is_plain(self, file: str) -> bool:
+        """As `Source.is_plain`."""
+        status = _or_none(self.root / file, Path.lstat)
+        return status is None or stat.S_ISREG(status.st_mode)
 
     def problem(self, file: str, recorded: Recorded) -> str:
         """As `Source.problem`."""

@@ -2,21 +2,25 @@
 
 A shard is written array by array, each file whole and atomically, and then its record; a shard without its record does
 not exist. Every write covers whole shards: anything else, by two writers of one shard, would silently lose data.
-Metadata and lists of images are written by one function that leaves alone what is right already, so that to make, to
-extend and to repair a store is the same work, and doing it twice is harmless.
+
+Metadata and lists of images are files of which it is known what they must hold, so that to make, to extend and to
+repair a store is the same work: to write those that hold something else. Whoever writes holds the store's folder, so
+that nothing gets into another store that has taken its place, and has others wait; what was read before is read again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numcodecs
 import numpy as np
-import zarr
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
@@ -24,11 +28,15 @@ from igstore.blocks import block_grid
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
+from igstore.storage.files import Folder
+from igstore.storage.presence import check_in_place, gone, hold, replaced, writing
 from igstore.storage.reader import Sharded, StoreReader
 from igstore.storage.reading import MOST_METADATA, NOT_THERE, parse_json, read_whole, reading
 from igstore.storage.zarr_metadata import ZSTD, array_document, group_document
 
 Arrays = Mapping[str, NDArray[Any]]
+Record = dict[str, Any]
+Contents = dict[str, bytes]  # what files must hold, by name
 
 _ROOT = "zarr.json"
 _RANK_ARRAYS = ("/rank/zarr.json", "/share/zarr.json")
@@ -39,7 +47,7 @@ def create_store(
     spec: BuildSpec,
     *,
     image_ids: Sequence[str],
-    labels: NDArray[np.int16],
+    labels: NDArray[np.int32],
     attributes: Mapping[str, Any],
 ) -> None:
     """Make a store with every image listed and none built. It appears under `path` whole, or not at all.
@@ -47,11 +55,11 @@ def create_store(
     Parameters
     ----------
     path
-        Must not exist, or be an empty folder.
+        Must not exist, or be an empty folder, or a link to either.
     spec
         What the store is made with.
     image_ids, labels
-        The images in order, and int16 (image,) class indices, -1 unknown.
+        The images in order, and int32 (image,) class indices, -1 unknown.
     attributes
         More JSON-ready attributes of the root group.
 
@@ -64,10 +72,13 @@ def create_store(
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StoreExistsError(f"{path} exists and is not a store of igstore's; give another --store, or remove it")
-    making = files.temporary_name(path)
+    target = path.resolve()
+    making = files.temporary_name(target)
     try:
+        making.mkdir(parents=True)
         lay_out_store(making, spec, image_ids=image_ids, labels=labels, attributes=attributes)
-        making.replace(path)
+        making.replace(target)
+        files.flush_names(target.parent)
     except OSError as error:
         if path.exists() and any(path.iterdir()):
             raise StoreExistsError(f"{path} has been made by another process meanwhile") from error
@@ -76,8 +87,21 @@ def create_store(
         shutil.rmtree(making, ignore_errors=True)
 
 
-def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int16]) -> None:
+def lay_out_store(
+    path: Path, spec: BuildSpec, *, image_ids: Sequence[str], labels: NDArray[np.int32], attributes: Mapping[str, Any]
+) -> None:
+    """Write those metadata and lists of images that are not there or not right; parameters as `create_store`.
+
+    It waits for nobody: the folder is one that nobody else knows of.
+    """
+    with hold(path) as folder:
+        _put(folder, contents(path, spec, image_ids=image_ids, labels=labels, attributes=attributes))
+
+
+def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int32]) -> None:
     """List more images at the end of a store, which keeps what is built; a short last shard is to be built again.
+
+    A store that lists as many already, because another process was faster, is left as it is.
 
     Parameters
     ----------
@@ -86,61 +110,128 @@ def extend_store(path: Path, *, image_ids: Sequence[str], labels: NDArray[np.int
     image_ids, labels
         All images, old and new.
     """
-    store = StoreReader(path)
-    # the record of a shard that is short now and will not be must go first
-    if store.n_images % store.shard_size:
-        (path / layout.record_file(store.n_shards - 1)).unlink(missing_ok=True)
-    attributes = {**store.attributes, "complete": False}
-    lay_out_store(path, store.spec, image_ids=image_ids, labels=labels, attributes=attributes)
+    with hold(path) as folder, writing(folder):
+        store = StoreReader(path)
+        if store.n_images >= len(image_ids):
+            return
+        # the record of a shard that is short now and will not be must go first
+        if store.n_images % store.shard_size:
+            folder.remove(layout.record_file(store.n_shards - 1))
+        attributes = {**store.attributes, "complete": False}
+        _put(folder, contents(path, store.spec, image_ids=image_ids, labels=labels, attributes=attributes))
 
 
-def lay_out_store(
-    path: Path,
-    spec: BuildSpec,
-    *,
-    image_ids: Sequence[str],
-    labels: NDArray[np.int16],
-    attributes: Mapping[str, Any],
-) -> None:
-    """Write those metadata and lists of images that are not there or not right; parameters as `create_store`."""
-    documents = metadata(spec, len(image_ids), attributes)
-    root = documents.pop(_ROOT)
-    compress = attributes.get("compress")
-    for folder in (path / "ranks").glob("*"):
-        parts = layout.ranking_parts(folder.name)
-        if parts:
-            ranks = ranking_metadata(
-                spec, len(image_ids), folder.name, block=parts[1], attributes={}, compress=compress
-            )
-            documents |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
-    _write_documents(path, documents)
-    for name, values in (("image_id", np.array(image_ids, np.dtypes.StringDType())), ("label", labels)):
-        array = zarr.open_array(path / name, mode="r+", zarr_format=3).with_config({"write_empty_chunks": True})
-        for shard in range(layout.shard_count(len(image_ids), spec.shard_size)):
-            of_shard = slice(*layout.shard_bounds(shard, len(image_ids), spec.shard_size))
-            file = path / layout.shard_file(name, shard, 1)
-            if not _holds(file, array, of_shard, values[of_shard]):
-                file.unlink(missing_ok=True)  # zarr would read what it overwrites in part
-                array[of_shard] = values[of_shard]
-    # readers go by the root's number of images, so it comes last; until then the arrays are only longer than it says
-    consolidate(path, root)
+def bring_about(path: Path, wanted: Callable[[], Contents | None]) -> None:
+    """Write those files of metadata and of lists of images that do not hold what they must.
 
-
-def write_shard(
-    path: Path, spec: BuildSpec, n_images: int, shard: int, arrays: Arrays, record: dict[str, Any]
-) -> dict[str, Any]:
-    """Write one whole shard of the build, then its record, which is returned.
+    Where nothing is wrong nothing is written, and nobody waits: it may be where nothing can be.
 
     Parameters
     ----------
-    path, spec, n_images
+    path
         The store.
+    wanted
+        Gives what files must hold, from the store as it is when it is called; None leaves all as it is.
+    """
+    first = wanted()
+    if first is None or not _wrong(path, first):
+        return
+    with hold(path) as folder, writing(folder):
+        if now := wanted():
+            _put(folder, now)
+
+
+def _put(folder: Folder, wanted: Contents) -> None:
+    wrong = _wrong(folder.path, wanted)
+    check_in_place(folder)
+    # readers go by the root's number of images, so it comes last; until then the arrays are only longer than it says
+    for name, content in wrong.items():
+        _write(folder, name, content)
+
+
+def _write(folder: Folder, name: str, *pieces: bytes | memoryview) -> None:
+    """Write a file of a store; nothing else has business there."""
+    try:
+        folder.write(name, *pieces)
+    except IsADirectoryError:
+        folder.remove(name)
+        folder.write(name, *pieces)
+
+
+def _wrong(path: Path, wanted: Contents) -> Contents:
+    """Those files that hold something else than is wanted; the root's metadata come last, with a copy of all others."""
+    others = {name: content for name, content in wanted.items() if name != _ROOT}
+    wrong = {name: content for name, content in others.items() if not _holds(path / name, content)}
+    root = json.loads(wanted[_ROOT]) if _ROOT in wanted else read_json(path / _ROOT)
+    root["consolidated_metadata"] = consolidated(path, wrong)
+    if read_json(path / _ROOT) != root:
+        wrong[_ROOT] = (json.dumps(root, indent=1, allow_nan=False) + "\n").encode()
+    return wrong
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    if file.name == _ROOT:
+        return bool(read_json(file) == json.loads(content))
+    try:
+        with reading(file):
+            return read_whole(file, len(content)) == content
+    except (DamagedStoreError, *NOT_THERE):
+        return False
+
+
+def contents(
+    path: Path, spec: BuildSpec, *, image_ids: Sequence[str], labels: NDArray[np.int32], attributes: Mapping[str, Any]
+) -> Contents:
+    """What all metadata and lists of images of a store must hold; parameters as `create_store`."""
+    wanted = metadata(spec, len(image_ids), attributes)
+    compress = attributes.get("compress")
+    for group in (path / "ranks").glob(f"*/{_ROOT}"):
+        name = group.parent.name
+        parts = layout.ranking_parts(name)
+        if parts:
+            ranks = ranking_metadata(spec, len(image_ids), name, block=parts[1], attributes={}, compress=compress)
+            wanted |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
+    for name, values in layout.listed(spec, image_ids, labels).items():
+        for shard in range(layout.shard_count(len(image_ids), spec.shard_size)):
+            of_shard = slice(*layout.shard_bounds(shard, len(image_ids), spec.shard_size))
+            file = layout.shard_file(name, shard, 1)
+            wanted[file] = _chunk(values[of_shard], spec.shard_size, layout.variables(spec)[name])
+    return wanted
+
+
+def write_shard(
+    store: Path | Folder,
+    spec: BuildSpec,
+    n_images: int,
+    shard: int,
+    arrays: Arrays,
+    record: Record,
+    *,
+    instead_of: Record | None = None,
+    given_up: threading.Event | None = None,
+) -> Record:
+    """Write one whole shard of the build, then its record.
+
+    Parameters
+    ----------
+    store, spec, n_images
+        The store, by its path or held.
     shard
         Its number.
     arrays
-        Every variable of the store but `layout.LISTED`, each (images of the shard, ...).
+        Every variable of the store, each (images of the shard, ...).
     record
-        What to record besides the images, the settings and the files' checksums, which are added.
+        What to record besides the images, the settings, how many maps are 0 everywhere and the files' checksums, which
+        are added.
+    instead_of
+        The record that the shard has, as far as the caller knows; None where it is not finished. Where it has another
+        one by now, because somebody else was faster, nothing is written.
+    given_up
+        As `igstore.storage.presence.writing`.
+
+    Returns
+    -------
+    The record that the shard has now.
 
     Raises
     ------
@@ -149,28 +240,46 @@ def write_shard(
     StoreNotFoundError
         The store is gone, or another is in its place.
     """
-    return _write_pieces(path, spec, n_images, None, shard, arrays, {**record, "settings": spec.to_attributes()})
+    counted = {"zero_maps": layout.zero_maps(arrays)} if "attribution" in arrays else {}
+    recorded = {**record, **counted, "settings": spec.to_attributes()}
+    with _held(store) as folder, writing(folder, given_up=given_up):
+        group = check_there(folder, spec, n_images)
+        there = group.record(shard)
+        if there is not None and there != instead_of:
+            return there
+        return _write_pieces(folder, group, group, shard, arrays, recorded)
 
 
-def check_there(path: Path, spec: BuildSpec, n_images: int) -> StoreReader:
-    """The store at `path`, if it is still the one that is being written.
+@contextmanager
+def _held(store: Path | Folder) -> Iterator[Folder]:
+    if isinstance(store, Folder):
+        yield store
+    else:
+        with hold(store) as folder:
+            yield folder
+
+
+def check_there(folder: Folder, spec: BuildSpec, n_images: int) -> StoreReader:
+    """The store in a folder that is held, if it is still the one that is being written.
 
     Raises
     ------
     StoreNotFoundError
         It is gone, or another is in its place.
     """
-    try:
-        store = StoreReader(path)
-    except StoreNotFoundError:
-        raise StoreNotFoundError(
-            f"{path} is gone: it was deleted or moved while it was being written; start again"
-        ) from None
+    store = _opened(folder)
     if store.spec != spec or store.n_images != n_images:
-        raise StoreNotFoundError(
-            f"{path} is not the store that was being written: another process has replaced or extended it; "
-            "run the same command again to go on with what is there"
-        )
+        raise replaced(folder.path)
+    return store
+
+
+def _opened(folder: Folder) -> StoreReader:
+    check_in_place(folder)
+    try:
+        store = StoreReader(folder.path)
+    except StoreNotFoundError:
+        raise gone(folder.path) from None
+    check_in_place(folder)
     return store
 
 
@@ -188,49 +297,80 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
     attributes
         JSON-ready attributes of the ranking's group.
     """
-    store = StoreReader(path)
-    documents = ranking_metadata(
-        store.spec, store.n_images, name, block=block, attributes=attributes, compress=store.attributes.get("compress")
-    )
-    _write_documents(path, documents)
-    consolidate(path)
+
+    def wanted() -> Contents:
+        store = StoreReader(path)
+        compress = store.attributes.get("compress")
+        return ranking_metadata(store.spec, store.n_images, name, block=block, attributes=attributes, compress=compress)
+
+    bring_about(path, wanted)
 
 
 def write_rank_shard(
-    path: Path, name: str, spec: BuildSpec, n_images: int, shard: int, arrays: Arrays, record: dict[str, Any]
-) -> dict[str, Any]:
-    """Write one whole shard of the ranking `name` (``rank`` and ``share``), then its record; as `write_shard`."""
-    return _write_pieces(path, spec, n_images, name, shard, arrays, record)
+    store: Path | Folder,
+    name: str,
+    shard: int,
+    arrays: Arrays,
+    record: Record,
+    *,
+    instead_of: Record | None = None,
+) -> Record | None:
+    """Write one whole shard of the ranking `name` (``rank`` and ``share``), then its record; as `write_shard`.
+
+    The record says which maps were ranked, under ``attribution_sha256``. Where the store has other maps by now, or
+    none, nothing is written, and None is returned.
+    """
+    with _held(store) as folder, writing(folder, shared=True):
+        reader = _opened(folder)
+        built, group = reader.record(shard), reader.ranking(name)
+        if built is None or reader.attribution_sha256(built) != record.get("attribution_sha256"):
+            return None
+        there = group.record(shard)
+        if there is not None and there != instead_of:
+            return there
+        return _write_pieces(folder, reader, group, shard, arrays, record)
 
 
-def finish_store(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Add attributes that are known at the end, and consolidate the metadata; doing it twice is harmless."""
-    store = StoreReader(path)
-    consolidate(path, metadata(store.spec, store.n_images, {**store.attributes, **attributes})[_ROOT])
+def finish_store(path: Path, attributes: Mapping[str, Any] | Callable[[StoreReader], Mapping[str, Any]]) -> None:
+    """Add attributes that are known at the end, and consolidate the metadata; doing it twice is harmless.
 
-
-def consolidate(path: Path, root: bytes | None = None) -> None:
-    """Gather all metadata in the root's, which is where readers over HTTP look, since they cannot list.
+    A store is only said to be ``complete`` where every shard is finished: another process may have extended it.
 
     Parameters
     ----------
     path
         The store.
-    root
-        What the root's own metadata say from now on; None leaves them.
+    attributes
+        What to add, or a function that gives it from the store as it is.
     """
-    document = json.loads((path / _ROOT).read_bytes() if root is None else root)
-    document["consolidated_metadata"] = consolidated(path)
-    if read_json(path / _ROOT) != document:
-        files.write_json(path / _ROOT, document)
+
+    def wanted() -> Contents | None:
+        store = StoreReader(path)
+        added = attributes(store) if callable(attributes) else attributes
+        if added.get("complete") and not store.is_complete:
+            return None
+        return {_ROOT: metadata(store.spec, store.n_images, {**store.attributes, **added})[_ROOT]}
+
+    bring_about(path, wanted)
 
 
-def consolidated(path: Path) -> dict[str, Any]:
-    """The copy of all other metadata that the root's must hold, in the form that zarr gives it."""
-    patterns = ("*/zarr.json", "ranks/*/zarr.json", "ranks/*/*/zarr.json")
-    found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
-    documents = {file.parent.relative_to(path).as_posix(): read_json(file) for file in found}
-    intact = {name: document for name, document in documents.items() if document is not None}
+def consolidated(path: Path, instead: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+    """The copy of all other metadata that the root's must hold, in the form that zarr gives it.
+
+    Parameters
+    ----------
+    path
+        The store.
+    instead
+        What files will hold, rather than what they hold now.
+    """
+    groups = [path, path / "ranks", *(file.parent for file in path.glob(f"ranks/*/{_ROOT}"))]
+    found = {file.relative_to(path).as_posix() for group in groups for file in group.glob(f"*/{_ROOT}")}
+    will = {name: json.loads(content) for name, content in (instead or {}).items() if name.endswith(f"/{_ROOT}")}
+    documents = {name: read_json(path / name) for name in found - will.keys()} | will
+    intact = {
+        name.removesuffix(f"/{_ROOT}"): documents[name] for name in sorted(documents) if documents[name] is not None
+    }
     return {"kind": "inline", "must_understand": False, "metadata": intact}
 
 
@@ -282,13 +422,6 @@ def _documents(
     return documents
 
 
-def _write_documents(path: Path, documents: Mapping[str, bytes]) -> None:
-    """Write those files of metadata that do not say what they must."""
-    for name, content in documents.items():
-        if read_json(path / name) != json.loads(content):
-            files.write_atomically(path / name, content)
-
-
 def read_json(path: Path) -> Any:
     """What a JSON file says; None where it is not there, or not JSON."""
     try:
@@ -298,48 +431,35 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def _holds(file: Path, array: zarr.Array[Any], images: slice, values: NDArray[Any]) -> bool:
-    """Whether a piece of an array is there, in a file of its own, and equals `values`."""
-    try:
-        return file.exists() and np.array_equal(np.asarray(array[images]), values)
-    except Exception:  # a damaged chunk makes zarr's codecs raise almost anything
-        return False
-
-
 def _write_pieces(
-    path: Path, spec: BuildSpec, n_images: int, ranking: str | None, shard: int, arrays: Arrays, record: dict[str, Any]
-) -> dict[str, Any]:
-    store = check_there(path, spec, n_images)
-    group: Sharded = store.ranking(ranking) if ranking else store
-    written = {name: variable for name, variable in group.variables.items() if name not in layout.LISTED}
-    if set(arrays) != set(written):
-        raise UserError(f"a shard needs the arrays {sorted(written)}; it was given {sorted(arrays)}")
+    folder: Folder, store: StoreReader, group: Sharded, shard: int, arrays: Arrays, record: Record
+) -> Record:
+    """Write a shard of a store, or of one of its rankings, while others are kept from it."""
+    if set(arrays) != set(group.variables):
+        raise UserError(f"a shard needs the arrays {sorted(group.variables)}; it was given {sorted(arrays)}")
     first, last = group.bounds(shard)
-    for name, variable in written.items():
+    for name, variable in group.variables.items():
         values, expected = arrays[name], (last - first, *(group.sizes[dim] for dim in variable.dims[1:]))
-        if values.shape != expected or values.dtype != variable.dtype:
+        if values.shape != expected or values.dtype != variable.numpy_dtype:
             raise UserError(
                 f"shard {shard} of {name} is {values.dtype} {values.shape}; it must be {variable.dtype} {expected}: "
                 "only whole shards are written"
             )
-    record_path = path / layout.record_file(shard, ranking)
-    record_path.unlink(missing_ok=True)  # from here to the end, the shard does not exist
+    folder.remove(group.record_file(shard))  # from here to the end, the shard does not exist
     sums = {}
-    for name, file_name in group.shard_files(shard).items():
+    for name, file in group.shard_files(shard).items():
         variable = group.variables[name]
-        if name in layout.LISTED:
-            files.flush(path / file_name)
-            sums[file_name] = files.checksum(path / file_name)
-            continue
         if variable.is_sharded:
-            pieces = _shard(arrays[name], spec.shard_size, store.attributes.get("compress"))
+            pieces = _shard(arrays[name], group.shard_size, store.attributes.get("compress"))
         else:
-            pieces = [_raw_chunk(arrays[name], spec.shard_size, variable)]
-        files.write_atomically(path / file_name, *pieces)
-        sums[file_name] = files.checksum_of(pieces)
-    check_there(path, spec, n_images)
+            pieces = [_chunk(arrays[name], group.shard_size, variable)]
+        # lists are there since the store was made; what is recorded is what they must hold, whatever became of them
+        if name not in layout.LISTED or not _holds(folder.path / file, bytes(pieces[0])):
+            _write(folder, file, *pieces)
+        sums[file] = files.checksum_of(pieces)
+    check_there(folder, store.spec, store.n_images)
     content = files.sealed({"shard": shard, "images": [first, last], **record, "files": sums})
-    files.write_json(record_path, content)
+    folder.write_json(group.record_file(shard), content)
     return content
 
 
@@ -364,8 +484,12 @@ def _shard(values: NDArray[Any], shard_size: int, compress: Compress | None) -> 
     return [*pieces, index + google_crc32c.value(index).to_bytes(4, "little")]
 
 
-def _raw_chunk(values: NDArray[Any], shard_size: int, variable: layout.Variable) -> bytes:
+def _chunk(values: NDArray[Any], shard_size: int, variable: layout.Variable) -> bytes:
     """What Zarr makes of one uncompressed chunk of scalars (image,): as long as every other, filled up at the end."""
-    chunk = np.full(shard_size, variable.fill_value, values.dtype.newbyteorder("<"))
+    if variable.dtype == "string":
+        texts = np.full(shard_size, variable.fill_value, object)
+        texts[: len(values)] = values.tolist()
+        return bytes(numcodecs.VLenUTF8().encode(texts))
+    chunk = np.full(shard_size, variable.fill_value, variable.numpy_dtype.newbyteorder("<"))
     chunk[: len(values)] = values
     return chunk.tobytes()

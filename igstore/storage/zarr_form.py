@@ -93,6 +93,10 @@ class ZarrForm:
         """Records, by name of file; None for those that are not there."""
         return self.source.read_many(names)
 
+    def is_plain(self, file: str) -> bool:
+        """As `igstore.storage.sources.Source.is_plain`."""
+        return self.source.is_plain(file)
+
     def problem(self, file: str, recorded: Recorded) -> str:
         """Why a file is not the one that was recorded, in words that follow its name; "" where it is."""
         return self.source.problem(file, recorded)
@@ -138,7 +142,7 @@ class ZarrForm:
                     values = None if content is None else _values(content, dtype, shard_size)
                 yield shard, values
 
-    def has_shards(self, name: str, n_images: int, shard_size: int) -> bool:
+    def has_shards(self, name: str, variable: layout.Variable, n_images: int, shard_size: int) -> bool:
         """Whether a per-image variable is there for so many images, going by the sizes of its files alone."""
         left = iter(range(layout.shard_count(n_images, shard_size)))
         n_bytes = 0
@@ -147,7 +151,7 @@ class ZarrForm:
             if None in sizes:
                 return False
             n_bytes += sum(size or 0 for size in sizes)
-        return n_bytes >= n_images * layout.LISTED[name].numpy_dtype.itemsize
+        return n_bytes >= n_images * variable.numpy_dtype.itemsize
 
     def metadata(self, name: str) -> ArrayMetadata:
         """What the metadata of an array say."""

@@ -2,7 +2,7 @@
 
 import * as zarr from "./vendor/zarrita.bundle.js";
 
-const FORMAT_VERSION = 1;
+const FORMAT_VERSIONS = [1, 2];
 export const [NOT_BUILT, BUILT] = [0, 1]; // `status` of an image
 const REQUESTS = 32; // under way at a time
 const REMEMBERED = 32; // things read that are kept, of each kind, for going back and forth
@@ -119,9 +119,9 @@ export class Store {
     const group = await zarr.open.v3(zarr.root(nodes), { kind: "group" });
     const version = group.attrs.format_version;
     if (version === undefined) throw missing;
-    if (version !== FORMAT_VERSION) {
+    if (!FORMAT_VERSIONS.includes(version)) {
       throw new StoreError(
-        `The store at ${url} has the format version ${version}; this page reads version ${FORMAT_VERSION}.`,
+        `The store at ${url} has the format version ${version}; this page reads ${FORMAT_VERSIONS.join(" and ")}.`,
         "Use the page of the igstore that wrote it.",
         { isFatal: true },
       );

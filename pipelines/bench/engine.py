@@ -144,7 +144,7 @@ def _spec(classifier: Classifier, n_steps: int, precision: Precision) -> BuildSp
 
 
 def _maps(attributor: Attributor, pixels: Pixels) -> Maps:
-    unknown = np.full(len(pixels), -1, np.int16)
+    unknown = np.full(len(pixels), -1, np.int32)
     names = [f"picture {index}" for index in range(len(pixels))]
     arrays = attributor(pixels, unknown, names, [""] * len(pixels))
     return arrays["attribution"].astype(np.float32) * arrays["scale"][:, None, None]

@@ -66,7 +66,7 @@ def make_synthetic_store(
     The maps of the first shard are rolled by another distance in each further one, so that no two are alike.
     """
     spec = synthetic_spec(crop=crop, shard_size=shard_size)
-    labels = np.full(n_images, -1, np.int16)
+    labels = np.full(n_images, -1, np.int32)
     ids = [f"synthetic_{image:06d}" for image in range(n_images)]
     create_store(path, spec, image_ids=ids, labels=labels, attributes={"complete": False})
     n_first = min(n_images, shard_size)
@@ -80,6 +80,7 @@ def make_synthetic_store(
             first_maps.shape
         )[: last - first]
         arrays["status"][...] = BUILT
+        arrays |= layout.listed(spec, ids[first:last], labels[first:last])
         record = {"failed": {}, "in_top5": 0, "evaluations": 0, "batch_size": [], "seconds": 0.0, "device": "none"}
         write_shard(path, spec, n_images, shard, arrays, record)
     finish_store(path, {"complete": True})

@@ -148,6 +148,12 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         # whoever read our output has gone, as `igstore info | head` does; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):
+            raise
+        said = " ".join(str(error).split()) or "there is no more"
+        print(f"igstore: out of memory ({said}); allow this process more, or give smaller batches", file=sys.stderr)  # noqa: T201
+        return FAILED
     except OSError as error:
         print(f"igstore: {error}; what was finished is kept: run the same command again to go on", file=sys.stderr)  # noqa: T201
         return FAILED

@@ -14,7 +14,7 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors wording schema files progress cli commands completion parts
+errors wording limits schema files progress cli commands completion parts
 freed_memory quadrature blocks masks memory modules convolutions activations fusion acceleration
 backward stem
 imagenet images normalisation weights baselines models binary attribution layout given_maps hdf5
@@ -32,7 +32,7 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors wording schema files progress cli commands completion parts schedulers build
+errors wording limits schema files progress cli commands completion parts schedulers build
 imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout
 cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair staging presence decoding pixels masking views info rank verify

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -224,6 +225,7 @@ def integrated_gradients(
     batch_size = whole_number("batch_size", batch_size, 1)
     if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
         raise UserError("max_error and max_steps go together, and with method riemann_right")
+    _check_tensors(network, inputs, baselines, targets)
     alphas, weights = rule(method, n_steps)
     stem: nn.Module = nn.Identity()
     body = network
@@ -269,6 +271,28 @@ def integrated_gradients(
             completeness_error=error(attributions),
             n_steps=steps,
         )
+
+
+def _check_tensors(network: Any, inputs: Any, baselines: Any, targets: Any) -> None:
+    """Raise `UserError` unless there is a network, images and baselines of one shape, and a class index for each."""
+    if not isinstance(network, nn.Module):
+        raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
+    for name, tensor in (("inputs", inputs), ("baselines", baselines)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+            raise UserError(
+                f"{name} must be a floating-point tensor (image, channel, y, x); it is {_described(tensor)}"
+            )
+    if inputs.shape != baselines.shape:
+        raise UserError(
+            f"inputs are {tuple(inputs.shape)} and baselines {tuple(baselines.shape)}; both must be the same"
+        )
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.shape != inputs.shape[:1]:
+        raise UserError(f"targets must be class indices, int64 ({len(inputs)},); they are {_described(targets)}")
+
+
+def _described(value: Any) -> str:
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else f"a {type(value).__name__}"
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

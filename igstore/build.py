@@ -72,7 +72,8 @@ def build_store(
     ----------
     model
         A name as `load_classifier` takes it, a `Classifier`, or any network in evaluation mode that maps normalised
-        (image, 3, y, x) to logits (image, class). One output is taken for the logit of class 1 against class 0.
+        (image, 3, y, x) to logits (image, class). One output is taken for the logit of class 1 against class 0, and
+        a network of one channel is shown the mean over the colours.
     images
         A path as `find_images` takes it, an `ImageList`, a torchvision-style data set without transform, or a sequence
         of (id, PIL image or uint8 array (y, x, 3), label or None).

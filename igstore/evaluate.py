@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,9 @@ from igstore.masks import FILLS, SELECTIONS
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
 from igstore.reporting.tables import article_tables
-from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
+from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select, as_path, several
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +126,13 @@ def evaluate(
     from igstore.building.devices import find_device
     from igstore.reporting.showing import ShowingPlan, show
 
+    out = None if out is None else as_path("out", out)
     readers = [StoreReader.of(store) for store in _several(stores)]
     cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)
     warn_of_fractions(*cells)
     on = find_device(device)
     if out is not None:
-        check_out(Path(out), overwrite=overwrite)
+        check_out(out, overwrite=overwrite)
     _check_labels(readers)
     shown_to = _classifiers(readers, models, weights)
     _check_different(readers, shown_to)
@@ -142,7 +143,7 @@ def evaluate(
     shown = show(plans, show_progress=show_progress)
     evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
     if out is not None:
-        write_report(Path(out), evaluation.rows, evaluation.predictions, overwrite=overwrite)
+        write_report(out, evaluation.rows, evaluation.predictions, overwrite=overwrite)
     return evaluation
 
 
@@ -153,13 +154,13 @@ def _several(values: Any) -> tuple[Any, ...]:
 
 
 def _cells(seed: int, **options: Any) -> list[MaskOptions]:
-    several = {name: _several(values) for name, values in options.items()}
-    for name, values in several.items():
+    each = {name: _several(values) for name, values in options.items()}
+    for name, values in each.items():
         if not values:
-            raise UserError(f"{name} is empty; give at least one value")
+            raise UserError(f"{option(name)} is empty; give at least one value")
     # in the order of the tables: p changes first, the order of the blocks last
     names = ["order", "fill", "block", "score", "select", "keep", "p"]
-    product = itertools.product(*(several[name] for name in names))
+    product = itertools.product(*(each[name] for name in names))
     return [MaskOptions(**dict(zip(names, values, strict=True)), seed=seed) for values in product]
 
 
@@ -207,15 +208,12 @@ def _classifiers(
 
     if models is None:
         return [[own_classifier(*pair)] for pair in zip(stores, _one_each(weights, len(stores)), strict=True)]
-    several = [models] if isinstance(models, str | Classifier | Module) else list(models)
-    if not several:
-        raise UserError("models is empty; give at least one, or leave it out for the store's own model")
-    wrong = [model for model in several if not isinstance(model, str | Classifier | Module)]
-    if wrong:
-        raise UserError(f"models has a {type(wrong[0]).__name__}; each must be a name, a Classifier or a network")
-    names = [model for model in several if isinstance(model, str)]
+    given = several("models", models, str | Classifier | Module, "a name, a Classifier or a network")
+    if not given:
+        raise UserError(f"{option('models')} is empty; give at least one, or leave it out for the store's own model")
+    names = [model for model in given if isinstance(model, str)]
     named = iter([load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)])
-    loaded = [next(named) if isinstance(model, str) else model for model in several]
+    loaded = [next(named) if isinstance(model, str) else model for model in given]
     return [[as_shown(model, store) for model in loaded] for store in stores]
 
 
@@ -232,6 +230,8 @@ def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classif
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:
     if weights is None or isinstance(weights, str):
         return [weights] * n_models
+    if not isinstance(weights, list | tuple):
+        raise UserError(f"{option('weights')} is {weights!r:.80}; it must be weights, or several in a list")
     if len(weights) == 1:
         return list(weights) * n_models
     if len(weights) != n_models:

@@ -12,7 +12,7 @@ from igstore import cli
 from igstore.errors import UserError
 from igstore.interchange import write_quantus, write_virelay
 from igstore.progress import Progress
-from igstore.schema import Compress, check_choice
+from igstore.schema import Compress, as_path, check_choice
 from igstore.storage import layout
 from igstore.storage.appearing import appearing
 from igstore.storage.copies import check_finished, check_sealed, write_copy
@@ -103,7 +103,7 @@ def export_store(
     check_choice("format", format, FORMATS)
     given: dict[str, Any] = {"compress": compress}
     given = {name: value for name, value in given.items() if value is not None}
-    chosen, target = FORMATS[format], Path(out).expanduser()
+    chosen, target = FORMATS[format], as_path("out", out)
     for name in given.keys() - chosen.options:
         able = [other for other, one in FORMATS.items() if name in one.options]
         raise UserError(f"{name} does not go with format {format}; it goes with {', '.join(able)}")

@@ -117,8 +117,10 @@ def import_maps(
     from igstore.building.plan import chosen_classifier, listed_images, plan_build
     from igstore.building.worker import Worker
 
-    if not made_by.strip():
-        raise UserError("made_by is empty; say what made the maps, such as 'captum 0.8 Saliency'")
+    if not isinstance(made_by, str) or not made_by.strip():
+        raise UserError(
+            f"{option('made_by')} is {made_by!r:.80}; say what made the maps, such as 'captum 0.8 Saliency'"
+        )
     check_sizes(batch_size, workers)
     listed = listed_images(images, split=split, labels=labels)
     if ids is None and IMAGE in getattr(maps, "coords", ()):

@@ -62,7 +62,7 @@ class Classifier:
 
 def load_classifier(
     name: str,
-    weights: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | torchvision.models.WeightsEnum | None = None,
     *,
     resize: int | None = None,
     crop: int | tuple[int, int] | None = None,
@@ -79,9 +79,9 @@ def load_classifier(
         ``package.module:function``.
     weights
         None for the source's own (torchvision: ``IMAGENET1K_V1`` where it exists, else the model's default); one of
-        torchvision's weights names; a file of tensors, whose code is never run; or ``random[:SEED]``, a network that
-        has learnt nothing but whose gradients are of ordinary size. A file is taken to want the input that the
-        default weights want.
+        torchvision's weights, or their name; a file of tensors, whose code is never run; or ``random[:SEED]``, a
+        network that has learnt nothing but whose gradients are of ordinary size. A file is taken to want the input
+        that the default weights want.
     resize, crop, interpolation, mean, std
         Each replaces that field of the preprocessing that comes with the weights. A single number crops a square.
 
@@ -97,6 +97,17 @@ def load_classifier(
     (256, (224, 224))
     """
     check_resize(resize, crop)
+    if not isinstance(name, str):
+        raise UserError(
+            f"the model is a {type(name).__name__}; it must be a name, and networks go to classifier_from_module"
+        )
+    if isinstance(weights, torchvision.models.WeightsEnum):
+        weights = f"{type(weights).__name__}.{weights.name}"
+    if not isinstance(weights, str | os.PathLike | None):
+        raise UserError(
+            f"weights is a {type(weights).__name__}; it must be a name or the path of a file, and a network that has "
+            "loaded its weights goes to classifier_from_module"
+        )
     wanted = None if weights is None else os.fspath(weights)
     found = (source(name, wanted) for _, source in _SOURCES)
     classifier = next((classifier for classifier in found if classifier is not None), None)
@@ -146,11 +157,21 @@ def classifier_from_module(
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
-    check_resize(preprocessing.resize, preprocessing.crop)
+    check_preprocessing(preprocessing)
     kind = type(network)
     return _classifier(
         name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN
     )
+
+
+def check_preprocessing(preprocessing: Any) -> None:
+    """Raise `UserError` unless it is a `Preprocessing` that fills the crop."""
+    if not isinstance(preprocessing, Preprocessing):
+        raise UserError(
+            f"preprocessing is a {type(preprocessing).__name__}; it must be igstore.Preprocessing(resize=..., "
+            "crop=..., mean=..., std=...), which a store can say of itself"
+        )
+    check_resize(preprocessing.resize, preprocessing.crop)
 
 
 def torchvision_names() -> list[str]:

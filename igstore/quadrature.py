@@ -60,6 +60,9 @@ METHODS: dict[str, Callable[[int], Nodes]] = {
 }
 
 
+_MOST_STEPS = 2**24
+
+
 def rule(method: str, n_steps: int) -> Nodes:
     """Nodes alpha in [0, 1] and weights of a quadrature rule, both float64 of shape (n_steps,), alpha ascending.
 
@@ -81,4 +84,4 @@ def rule(method: str, n_steps: int) -> Nodes:
     (array([0.25, 0.5 , 0.75, 1.  ]), array([0.25, 0.25, 0.25, 0.25]))
     """
     check_choice("method", method, METHODS)
-    return METHODS[method](whole_number("n_steps", n_steps, 1))
+    return METHODS[method](whole_number("n_steps", n_steps, 1, _MOST_STEPS))

@@ -23,6 +23,7 @@ from igstore.masks import FILLS, SELECTIONS
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 Rgb = NDArray[np.uint8]  # (y, x, 3)
 
@@ -60,7 +61,7 @@ class Strip:
 
 def show_store(
     store: str | os.PathLike[str] | StoreReader,
-    image: Sequence[str] | None = None,
+    image: str | Sequence[str] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     *,
     select: Select = "mass",
@@ -78,7 +79,7 @@ def show_store(
     store
         Its path, or a reader of it.
     image
-        The ids of the images to show, in this order; None is four, evenly spread over those that are built.
+        The id of the image to show, or several in this order; None is four, evenly spread over those that are built.
     p
         One percentage or several, from left to right.
     select, score, block, fill, order, seed
@@ -124,12 +125,15 @@ def _spread(images: Images, n: int) -> Images:
     return spread
 
 
-def _find(source: MaskedImages, ids: Sequence[str]) -> Images:
-    if isinstance(ids, str):
-        raise UserError(f"image is {ids!r}; give a list of ids: [{ids!r}]")
-    if not ids:
-        raise UserError("image is empty; give at least one id, or leave it out")
+def _find(source: MaskedImages, given: Any) -> Images:
     store = source.reader
+    ids = [given] if isinstance(given, str) else np.asarray(given, dtype=object).tolist()  # a list, or a column
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise UserError(
+            f"{option('image')} is {given!r:.80}; it must be ids of images, such as {store.image_ids[0]!r}, in a list"
+        )
+    if not ids:
+        raise UserError(f"{option('image')} is empty; give at least one id, or leave it out")
     numbers = {name: number for number, name in enumerate(store.image_ids)}
     for name in ids:
         if name not in numbers:

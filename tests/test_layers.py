@@ -17,7 +17,7 @@ LAYERS = """
 errors wording limits schema files progress cli commands completion parts
 freed_memory quadrature blocks masks memory modules convolutions activations fusion acceleration
 backward stem
-imagenet images normalisation weights baselines models binary attribution layout given_maps hdf5
+imagenet images normalisation weights baselines models adapters attribution layout given_maps hdf5
 cache sources arrays zarr_form hdf5_form reader store
 contents integrity repair
 staging presence decoding pixels masking schedulers

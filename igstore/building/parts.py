@@ -42,7 +42,7 @@ class Part:
         UserError
             It is not of that form, or not one of the parts.
         """
-        numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text) if isinstance(text, str) else None
         if not numbers:
             raise UserError(f"part is {text!r}; it must be I/N, such as 1/8, I from 1 to N")
         return cls(int(numbers[1]), int(numbers[2]))

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from igstore.binary import with_classes
+from igstore.adapters import adapted
 from igstore.errors import ImageError, UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
-from igstore.models import Classifier, classifier_from_module, load_classifier
-from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, check_resize
+from igstore.models import Classifier, check_preprocessing, classifier_from_module, load_classifier
+from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, as_path
 from igstore.storage import layout
 from igstore.storage.store import read_json
 
@@ -49,10 +49,11 @@ def plan_build(
     settings: dict[str, Any],
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
-    version = FORMAT_VERSION if overwrite else _format_there(Path(store))
+    path = as_path("store", store)
+    version = FORMAT_VERSION if overwrite else _format_there(path)
     listed = listed_images(images, split=split, labels=labels)
     classifier, listed = chosen_classifier(model, weights, preprocessing, listed)
-    classifier = with_classes(classifier, settings.get("output", "logit"))
+    classifier = adapted(classifier, settings.get("output", "logit"))
     spec = BuildSpec(
         model=classifier.name,
         weights=classifier.weights,
@@ -66,7 +67,7 @@ def plan_build(
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
         raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
     layout.check_classes(spec, int(chosen.labels.max()))
-    return Build(classifier, listed, len(chosen), spec, Path(store))
+    return Build(classifier, listed, len(chosen), spec, path)
 
 
 def _format_there(path: Path) -> int:
@@ -106,7 +107,7 @@ def chosen_classifier(
     elif weights is not None:
         raise UserError("weights goes with a model given by name; a network brings its own")
     if preprocessing is not None:
-        check_resize(preprocessing.resize, preprocessing.crop)
+        check_preprocessing(preprocessing)
     if isinstance(model, Classifier):
         given = model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
         return given, images

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.binary import with_classes
+from igstore.adapters import adapted
 from igstore.blocks import block_ranks, block_shares, block_sums
 from igstore.building.devices import find_device
 from igstore.engine.attributor import Attributor
@@ -46,7 +46,7 @@ class Recomputation:
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
         self._source = open_pixels(store, find_pixels(images))
-        model = with_classes(_load(store.spec, weights), store.spec.output)
+        model = adapted(_load(store.spec, weights), store.spec.output)
         self._attributor = Attributor(model, store.spec, device=find_device(device))
 
     def findings(self) -> Iterator[Finding]:

@@ -282,6 +282,8 @@ class StoreReader(Sharded):
         cache: str | os.PathLike[str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(store, str | os.PathLike | Form):
+            raise UserError(f"the store is a {type(store).__name__}; it must be a path, a URL or a StoreReader")
         if not isinstance(store, Form):
             source = open_source(store, cache=cache, options=storage_options)
             if isinstance(source, LocalFiles) and source.root.is_file():

@@ -22,6 +22,7 @@ from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
 from igstore.schema import Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
 # when that overflows, the batch is done again with a smaller scale.
@@ -59,9 +60,9 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise `UserError` where `device` has no such arithmetic."""
     check_choice("precision", precision, Precision)
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision tf32 is a mode of CUDA devices; the device is {device}: use float32")
+        raise UserError(f"{option('precision')} tf32 is a mode of CUDA devices; the device is {device}: use float32")
     if precision == "bfloat16_backward" and device.type != "cpu":
-        raise UserError(f"precision bfloat16_backward is for CPUs; the device is {device}: use tf32")
+        raise UserError(f"{option('precision')} bfloat16_backward is for CPUs; the device is {device}: use tf32")
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class MaskedBatches:
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, 1)
         cells = several("cells", cells, MaskOptions, "MaskOptions")
-        several("networks", networks, Preprocessing, "a Preprocessing")
+        networks = several("networks", networks, Preprocessing, "a Preprocessing")
         self._source = MaskedImages(store, images)
         self._source.check(*cells)
         self._source.check_pixels()

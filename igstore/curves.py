@@ -22,7 +22,7 @@ from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
 from igstore.errors import StoreExistsError, UserError
 from igstore.evaluate import as_shown, own_classifier
-from igstore.masking import MaskOptions
+from igstore.masking import MaskedImages, MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
 from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number
@@ -141,6 +141,9 @@ def insertion_deletion(
         for p in every_p
     ]
     on = find_device(device)
+    source = MaskedImages(reader, images)  # before weights are fetched from far
+    source.check(*cells)
+    source.check_pixels()
     classifier = _classifier(reader, model, weights)
     shown = np.flatnonzero(reader.status == BUILT)[:limit]
     found = target_probabilities(
@@ -197,7 +200,7 @@ def _classifier(
     if not isinstance(model, Classifier | Module):
         raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a network")
     if weights is not None:
-        raise UserError("weights goes with a model given by name; a network brings its own")
+        raise UserError(f"{option('weights')} goes with a model given by name; a network brings its own")
     return as_shown(model, store)
 
 

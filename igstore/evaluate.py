@@ -20,7 +20,7 @@ import xarray as xr
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.errors import SettingsMismatchError, UserError, WeightsNotFoundError
-from igstore.masking import MaskOptions, warn_of_fractions
+from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
@@ -127,13 +127,18 @@ def evaluate(
     from igstore.reporting.showing import ShowingPlan, show
 
     out = None if out is None else as_path("out", out)
-    readers = [StoreReader.of(store) for store in _several(stores)]
+    given = several("stores", stores, str | os.PathLike | StoreReader, "a path, a URL or a StoreReader")
+    readers = [StoreReader.of(store) for store in dict.fromkeys(given)]
     cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)
     warn_of_fractions(*cells)
     on = find_device(device)
     if out is not None:
         check_out(out, overwrite=overwrite)
     _check_labels(readers)
+    for reader in readers:  # before weights are fetched from far
+        source = MaskedImages(reader, images)
+        source.check(*cells)
+        source.check_pixels()
     shown_to = _classifiers(readers, models, weights)
     _check_different(readers, shown_to)
     plans = [
@@ -149,7 +154,7 @@ def evaluate(
 
 def _several(values: Any) -> tuple[Any, ...]:
     """One value or a sequence of them as a tuple without repetitions."""
-    one = isinstance(values, str | os.PathLike | StoreReader) or not isinstance(values, Iterable)
+    one = isinstance(values, str) or not isinstance(values, Iterable)
     return tuple(dict.fromkeys([values] if one else values))
 
 
@@ -247,7 +252,7 @@ def own_classifier(store: StoreReader, weights: str | None) -> Classifier:
 
     spec = store.spec
     what = f"{store.where} was made by {spec.model} with weights {spec.weights} (sha256 {spec.weights_sha256[:12]})"
-    remedy = "give --weights for it, or --models to show its images to others (in Python, models=[Classifier, ...])"
+    remedy = f"give {option('weights')} for it, or {option('models')} to show its images to others"
     try:
         try:
             found = load_classifier(spec.model, weights or spec.weights)

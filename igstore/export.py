@@ -18,6 +18,7 @@ from igstore.storage.appearing import appearing
 from igstore.storage.copies import check_finished, check_sealed, write_copy
 from igstore.storage.hdf5_writer import write_hdf5
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def export_store(
     chosen, target = FORMATS[format], as_path("out", out)
     for name in given.keys() - chosen.options:
         able = [other for other, one in FORMATS.items() if name in one.options]
-        raise UserError(f"{name} does not go with format {format}; it goes with {', '.join(able)}")
+        raise UserError(f"{option(name)} does not go with {option('format')} {format}; it goes with {', '.join(able)}")
     if compress is not None:
         check_choice("compress", compress, Compress)
     reader = StoreReader.of(store)

@@ -16,6 +16,8 @@ import math
 import os
 import re
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +32,10 @@ from igstore.engine.weights import first_line, load_weights, state_sha256, torch
 from igstore.errors import ModelError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
 from igstore.schema import Interpolation, Preprocessing, check_resize
+from igstore.wording import option
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
+_PATIENCE = 5  # seconds that a server has to say something
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")
 
 
@@ -291,17 +295,39 @@ def _timm(name: str, weights: str | None) -> Classifier | None:
     if weights is not None:
         return _with_given(name, lambda: timm.create_model(own), preprocessing, weights)
     if not timm.is_model_pretrained(own):
-        raise UserError(f"timm has no weights for {own}; give weights, a file or random[:SEED]")
+        raise UserError(f"timm has no weights for {own}; give {option('weights')}, a file or random[:SEED]")
     try:
-        with _seeded(0):
+        with _seeded(0), _soon_offline():
             network = timm.create_model(own, pretrained=True)
     except OSError as error:
         where = f"https://huggingface.co/timm/{entry.architecture}.{entry.tag}" if entry.hf_hub_id else entry.url
         raise WeightsNotFoundError(
             f"{name}'s weights are not on this machine, and {where} cannot be reached ({first_line(error)}); "
-            f"fetch model.safetensors from there and give weights: /path/to/model.safetensors"
+            f"fetch model.safetensors from there and give {option('weights', '/path/to/model.safetensors')}"
         ) from error
     return _classifier(name, network, preprocessing, entry.tag or "pretrained")
+
+
+@contextmanager
+def _soon_offline() -> Iterator[None]:
+    """Where Hugging Face's server does not answer, have its client go by its cache at once, not try for a minute."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 @_source("package.module:function")
@@ -379,7 +405,9 @@ def _local_file(weights: str, name: str, instead: Iterable[str] = ()) -> Path:
     file = Path(weights).expanduser()
     if not file.is_file():
         choices = _any_of([*instead, "the path of a file"])
-        raise WeightsNotFoundError(f"weights is {weights!r}, which is no file; for {name} it must be {choices}")
+        raise WeightsNotFoundError(
+            f"{option('weights')} is {weights!r}, which is no file; for {name} it must be {choices}"
+        )
     return file
 
 

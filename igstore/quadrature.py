@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from igstore.errors import UserError
 from igstore.schema import check_choice, whole_number
+from igstore.wording import option
 
 Nodes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -29,7 +30,7 @@ def _riemann_middle(m: int) -> Nodes:
 def _riemann_trapezoid(m: int) -> Nodes:
     """The textbook composite trapezoid on m points, the end points weighing half."""
     if m < 2:
-        raise UserError(f"riemann_trapezoid needs n_steps of at least 2, for both end points; it is {m}")
+        raise UserError(f"riemann_trapezoid needs {option('n_steps')} of at least 2, for both end points; it is {m}")
     weights = np.full(m, 1 / (m - 1))
     weights[[0, -1]] /= 2
     return np.linspace(0, 1, m), weights

@@ -61,7 +61,7 @@ class Strip:
 
 def show_store(
     store: str | os.PathLike[str] | StoreReader,
-    image: str | Sequence[str] | None = None,
+    image: Sequence[str] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     *,
     select: Select = "mass",
@@ -79,7 +79,7 @@ def show_store(
     store
         Its path, or a reader of it.
     image
-        The id of the image to show, or several in this order; None is four, evenly spread over those that are built.
+        The ids of the images to show, in this order; None is four, evenly spread over those that are built.
     p
         One percentage or several, from left to right.
     select, score, block, fill, order, seed
@@ -103,7 +103,7 @@ def show_store(
     options: dict[str, Any] = {"select": select, "score": score, "block": block, "fill": fill, "order": order}
     every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
     if not every_p:
-        raise UserError("p is empty; give a number from 0 to 100, or several")
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
     cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
     warn_of_fractions(*cells)
     source = MaskedImages(store, images)
@@ -127,7 +127,9 @@ def _spread(images: Images, n: int) -> Images:
 
 def _find(source: MaskedImages, given: Any) -> Images:
     store = source.reader
-    ids = [given] if isinstance(given, str) else np.asarray(given, dtype=object).tolist()  # a list, or a column
+    if isinstance(given, str):
+        raise UserError(f"{option('image')} is {given!r}; give a list of ids: [{given!r}]")
+    ids = np.asarray(given, dtype=object).tolist()  # of a list, or a column of a table
     if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
         raise UserError(
             f"{option('image')} is {given!r:.80}; it must be ids of images, such as {store.image_ids[0]!r}, in a list"
@@ -330,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
     options = vars(parsed)
     out = Path(options.pop("out"))
     if out.suffix.lower() != ".png":
-        raise UserError(f"out is {out}; it must be a PNG file: {out.with_suffix('.png')}")
+        raise UserError(f"{option('out')} is {out}; it must be a PNG file: {out.with_suffix('.png')}")
     if out.exists():
         output.note(f"note: {out} is there, and is replaced")
     picture = show_store(**options)

@@ -27,6 +27,7 @@ from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Ord
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -190,7 +191,7 @@ def _view(
 ) -> xr.DataArray:
     cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
     if not cells:
-        raise UserError("p is empty; give a number from 0 to 100, or several")
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
     warn_of_fractions(*cells)
     source.check(*cells)
     images, shape = source.built, tuple(inner.values())

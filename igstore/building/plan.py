@@ -18,6 +18,7 @@ from igstore.models import Classifier, check_preprocessing, classifier_from_modu
 from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, as_path
 from igstore.storage import layout
 from igstore.storage.store import read_json
+from igstore.wording import option
 
 _LOOKED_AT = 64  # images whose size is looked at before work begins
 
@@ -65,7 +66,10 @@ def plan_build(
     chosen = listed.head(limit) if limit is not None else listed
     if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
-        raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
+        raise UserError(
+            f"image {first} has no label, which {option('target', 'label')} needs; give {option('labels')}, or "
+            f"{option('target', 'prediction')}"
+        )
     layout.check_classes(spec, int(chosen.labels.max()))
     return Build(classifier, listed, len(chosen), spec, path)
 
@@ -83,7 +87,7 @@ def listed_images(images: Any, *, split: Split, labels: str | os.PathLike[str] |
     if isinstance(images, (str, os.PathLike)):
         listed = find_images(images, split=split, labels=labels)
     elif labels is not None:
-        raise UserError("labels goes with images given as a path; otherwise each image brings its own")
+        raise UserError(f"{option('labels')} goes with images given as a path; otherwise each image brings its own")
     else:
         listed = as_image_list(images)
     if not len(listed):

@@ -18,6 +18,7 @@ from igstore.pixels import find_pixels, open_pixels
 from igstore.schema import BUILT, IMPORTED, BuildSpec, whole_number
 from igstore.storage.integrity import Finding
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 _BATCH = 16  # images in memory at a time
 # Other batches, threads or devices of one precision stay above it; in bfloat16 they may round at other places.
@@ -40,7 +41,7 @@ class Recomputation:
         if store.spec.method == IMPORTED:
             raise UserError(
                 f"the maps of {store.where} were made by {store.spec.maps_by}, and imported: igstore cannot make them "
-                "again; leave --recompute out"
+                f"again; leave {option('recompute')} out"
             )
         built = np.flatnonzero(store.status == BUILT)
         self._store = store
@@ -89,7 +90,8 @@ def _load(spec: BuildSpec, weights: str | None) -> Classifier:
     if classifier.weights_sha256 != spec.weights_sha256:
         raise UserError(
             f"the weights of {spec.model} at hand are others (sha256 {classifier.weights_sha256[:12]}) than those that "
-            f"the store was made with ({spec.weights}, sha256 {spec.weights_sha256[:12]}); give weights: their file"
+            f"the store was made with ({spec.weights}, sha256 {spec.weights_sha256[:12]}); give {option('weights')}, "
+            "their file"
         )
     return classifier
 

@@ -25,6 +25,7 @@ from igstore.storage.arrays import ImageArray
 from igstore.storage.hdf5_form import Hdf5Form
 from igstore.storage.sources import LocalFiles, open_source
 from igstore.storage.zarr_form import ZarrForm
+from igstore.wording import option
 
 Form = ZarrForm | Hdf5Form
 Location = str | os.PathLike[str] | Form
@@ -342,7 +343,8 @@ class StoreReader(Sharded):
         if name in self.omitted:
             raise StoreNotFoundError(
                 f"{self.where} was exported without {' and '.join(self.omitted)}, so it has no {name}; give the whole "
-                "store" + (", or images=PATH: the images that it was made from" if name == "pixels" else "")
+                "store"
+                + (f", or {option('images', 'PATH')}, the images that it was made from" if name == "pixels" else "")
             )
         return super().array(name)
 

@@ -82,6 +82,21 @@ def load_unit(store: Path, spec: BuildSpec, first: int, count: int) -> Arrays | 
     return arrays if all(len(values) == count for values in arrays.values()) else None
 
 
+def kept_images(store: Path, spec: BuildSpec) -> int:
+    """How many images the units that are there hold, of those made with `spec`."""
+    count = 0
+    for file in _units(store):
+        try:
+            stored = file.read_bytes()
+        except OSError:
+            continue  # it is in a finished shard meanwhile
+        content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
+        if _digest(spec, content) == digest:
+            with np.load(BytesIO(content), allow_pickle=False) as loaded:
+                count += len(loaded["status"])
+    return count
+
+
 def _digest(spec: BuildSpec, content: bytes) -> bytes:
     return hashlib.sha256(json.dumps(spec.to_attributes()).encode() + content).digest()
 

@@ -27,6 +27,7 @@ from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
 from igstore.storage.reader import Sharded, StoreReader
+from igstore.wording import option
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -67,7 +68,9 @@ def create_store(
         `path` cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreExistsError(f"{path} exists and is not a store of igstore's; give another --store, or remove it")
+        raise StoreExistsError(
+            f"{path} exists and is not a store of igstore's; give another {option('store')}, or remove it"
+        )
     making = files.temporary_name(path)
     try:
         lay_out_store(making, spec, image_ids=image_ids, labels=labels, attributes=attributes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
 from igstore.schema import Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
 # when that overflows, the batch is done again with a smaller scale.
@@ -59,9 +61,9 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise `UserError` where `device` has no such arithmetic."""
     check_choice("precision", precision, Precision)
     if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision tf32 is a mode of CUDA devices; the device is {device}: use float32")
+        raise UserError(f"{option('precision')} tf32 is a mode of CUDA devices; the device is {device}: use float32")
     if precision == "bfloat16_backward" and device.type != "cpu":
-        raise UserError(f"precision bfloat16_backward is for CPUs; the device is {device}: use tf32")
+        raise UserError(f"{option('precision')} bfloat16_backward is for CPUs; the device is {device}: use tf32")
 
 
 @contextmanager
@@ -225,6 +227,7 @@ def integrated_gradients(
     batch_size = whole_number("batch_size", batch_size, 1)
     if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
         raise UserError("max_error and max_steps go together, and with method riemann_right")
+    _check_tensors(network, inputs, baselines, targets)
     alphas, weights = rule(method, n_steps)
     stem: nn.Module = nn.Identity()
     body = network
@@ -248,9 +251,7 @@ def integrated_gradients(
 
         def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
             if lines is not None:
-                lines.add_gradients(
-                    sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size
-                )
+                lines.add_gradients(sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size)
                 return
             with backward:
                 _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
@@ -281,6 +282,28 @@ def integrated_gradients(
             completeness_error=error(attributions),
             n_steps=steps,
         )
+
+
+def _check_tensors(network: Any, inputs: Any, baselines: Any, targets: Any) -> None:
+    """Raise `UserError` unless there is a network, images and baselines of one shape, and a class index for each."""
+    if not isinstance(network, nn.Module):
+        raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
+    for name, tensor in (("inputs", inputs), ("baselines", baselines)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+            raise UserError(
+                f"{name} must be a floating-point tensor (image, channel, y, x); it is {_described(tensor)}"
+            )
+    if inputs.shape != baselines.shape:
+        raise UserError(
+            f"inputs are {tuple(inputs.shape)} and baselines {tuple(baselines.shape)}; both must be the same"
+        )
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.shape != inputs.shape[:1]:
+        raise UserError(f"targets must be class indices, int64 ({len(inputs)},); they are {_described(targets)}")
+
+
+def _described(value: Any) -> str:
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else f"a {type(value).__name__}"
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -23,7 +23,7 @@ from igstore.masking import Images, MaskedImages, MaskOptions
 from igstore.masks import visible_blocks
 from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.pixels import resize
-from igstore.schema import Preprocessing, whole_number
+from igstore.schema import Preprocessing, several, whole_number
 from igstore.storage.reader import StoreReader
 
 Tensors = dict[tuple[Any, ...], Tensor]  # what a batch is made of, by kind and by what else it depends on
@@ -78,13 +78,15 @@ class MaskedBatches:
         batch_size: int = 64,
     ) -> None:
         batch_size = whole_number("batch_size", batch_size, 1)
+        cells = several("cells", cells, MaskOptions, "MaskOptions")
+        networks = several("networks", networks, Preprocessing, "a Preprocessing")
         self._source = MaskedImages(store, images)
         self._source.check(*cells)
         self._source.check_pixels()
         self._cells = tuple(cells)
         self._networks = (self._source.reader.spec.preprocessing, *networks)  # the store's own model is the first
         self._sizes = {network.crop for network in self._networks}
-        self._device = torch.device(device)
+        self._device = _device(device)
         chosen = self._source.select(where)
         self._runs = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
 
@@ -234,6 +236,13 @@ class MaskedBatch:
         if key not in self._tensors:
             raise UserError(f"none of the cells that MaskedBatches was given needs {' '.join(map(str, key))}")
         return self._tensors[key]
+
+
+def _device(name: Any) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"device is {name!r:.80}; it must be one of torch's, such as cpu or cuda:0") from error
 
 
 def nearest(length: int, wanted: int) -> NDArray[np.int64]:

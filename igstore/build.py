@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from igstore import cli
 from igstore.building.parts import Part
 from igstore.errors import UserError
-from igstore.images import Split
+from igstore.images import Split, find_images
 from igstore.info import StoreInfo, describe, next_command, store_info
 from igstore.schema import (
     Baseline,
@@ -28,6 +28,7 @@ from igstore.schema import (
     Target,
 )
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,8 @@ def build_store(
     ----------
     model
         A name as `load_classifier` takes it, a `Classifier`, or any network in evaluation mode that maps normalised
-        (image, 3, y, x) to logits (image, class). One output is taken for the logit of class 1 against class 0.
+        (image, 3, y, x) to logits (image, class). One output is taken for the logit of class 1 against class 0, and
+        a network of one channel is shown the mean over the colours.
     images
         A path as `find_images` takes it, an `ImageList`, a torchvision-style data set without transform, or a sequence
         of (id, PIL image or uint8 array (y, x, 3), label or None).
@@ -299,6 +301,7 @@ def main(argv: Sequence[str]) -> int:
     if options["images"] is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
     from igstore.building.builder import run_build
+    from igstore.building.devices import find_devices
     from igstore.building.forecast import forecast
     from igstore.building.hiring import choose_workers
     from igstore.building.plan import plan_build
@@ -306,17 +309,21 @@ def main(argv: Sequence[str]) -> int:
 
     part = _part(options["part"], overwrite=options["overwrite"])
     if options["dry_run"] and options["scheduler"]:
-        raise UserError("dry-run measures this machine, and scheduler leaves the work to others; leave one of them out")
+        raise UserError("--dry-run measures this machine, and --scheduler leaves the work to others; leave one out")
     names = {field.name for field in dataclasses.fields(BuildSpec)}
     preprocessing = {name: options[name] for name in ("resize", "crop", "interpolation", "mean", "std")}
+    # what is at hand first: weights may have to be fetched from far
+    listed = find_images(options["images"], split=options["split"], labels=options["labels"])
+    if not options["scheduler"]:
+        find_devices(options["device"])
     build = plan_build(
         load_classifier(options["model"], options["weights"], **preprocessing),
-        options["images"],
+        listed,
         options["store"] or options["model"].replace(":", "-").replace("/", "-") + ".zarr",
         weights=None,
         preprocessing=None,
-        split=options["split"],
-        labels=options["labels"],
+        split="val",
+        labels=None,
         limit=options["limit"],
         overwrite=options["overwrite"],
         settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
@@ -351,7 +358,8 @@ def _part(text: str | None, *, overwrite: bool) -> Part:
         return Part()
     if overwrite:
         raise UserError(
-            f"overwrite and part {text} do not go together: each part would remove what the others have built; remove "
+            f"{option('overwrite')} and {option('part')} {text} do not go together: each part would remove what the "
+            "others have built; remove "
             "the store first, then start the parts"
         )
     return Part.parse(text)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,6 +110,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Output]:
         """The command's own options, and where its words go."""
         call({action.dest: _called(action) for action in self._actions})
+        self._check_names(argv)
         options = self.parse_args(argv)
         given = vars(options)
         output = Output(quiet=given.pop("quiet", False), json=given.pop("json", False))
@@ -116,6 +120,22 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status: int = DONE, message: str | None = None) -> NoReturn:
         """Raise `Answered`, which is told from a user's code that calls `sys.exit`."""
         raise Answered(status)
+
+    def _check_names(self, argv: Sequence[str]) -> None:
+        """Raise `UserError` where an argument looks like an option and is none, with the one that it is like."""
+        known = {name: name for name in self._option_string_actions}
+        # what Python calls it, too
+        meant = {
+            f"--{action.dest.replace('_', '-')}": action.option_strings[-1]
+            for action in self._actions
+            if action.option_strings
+        }
+        for given in itertools.takewhile(lambda argument: argument != "--", argv):
+            name = given.partition("=")[0]
+            if re.match("--?[^\\W\\d]", name) and name not in known:
+                close = difflib.get_close_matches(name, spelled := meant | known, 1)
+                hint = f"; did you mean {spelled[close[0]]}?" if close else ""
+                self.error(f"there is no option {name}{hint}")
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which `run` turns into one line and status 2."""
@@ -160,6 +180,12 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except BrokenPipeError:
         # whoever read our output has gone, as `igstore info | head` does; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):
+            raise
+        said = " ".join(str(error).split()) or "there is no more"
+        print(f"igstore: out of memory ({said}); allow this process more, or give smaller batches", file=sys.stderr)  # noqa: T201
         return FAILED
     except OSError as error:
         print(f"igstore: {error}; what was finished is kept: run the same command again to go on", file=sys.stderr)  # noqa: T201

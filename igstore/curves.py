@@ -20,7 +20,7 @@ from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
 from igstore.errors import StoreExistsError, UserError
 from igstore.evaluate import as_shown
-from igstore.masking import MaskOptions
+from igstore.masking import MaskedImages, MaskOptions
 from igstore.masks import FILLS
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
 from igstore.reporting.texts import csv_text
@@ -140,6 +140,9 @@ def insertion_deletion(
         for p in every_p
     ]
     on = find_device(device)
+    source = MaskedImages(reader, images)  # before weights are fetched from far
+    source.check(*cells)
+    source.check_pixels()
     classifier = _classifier(reader, model, weights)
     shown = np.flatnonzero(reader.status == BUILT)[:limit]
     found = target_probabilities(
@@ -196,7 +199,7 @@ def _classifier(
     if not isinstance(model, Classifier | Module):
         raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a network")
     if weights is not None:
-        raise UserError("weights goes with a model given by name; a network brings its own")
+        raise UserError(f"{option('weights')} goes with a model given by name; a network brings its own")
     return as_shown(model, store)
 
 

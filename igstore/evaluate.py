@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,14 @@ import xarray as xr
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.errors import UserError
-from igstore.masking import MaskOptions, warn_of_fractions
+from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
 from igstore.masks import FILLS, SELECTIONS
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
 from igstore.reporting.tables import article_tables
-from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
+from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select, as_path, several
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 if TYPE_CHECKING:
     import torch
@@ -128,13 +128,19 @@ def evaluate(
     from igstore.building.devices import find_device
     from igstore.reporting.showing import ShowingPlan, show
 
-    readers = [StoreReader.of(store) for store in _several(stores)]
+    out = None if out is None else as_path("out", out)
+    given = several("stores", stores, str | os.PathLike | StoreReader, "a path, a URL or a StoreReader")
+    readers = [StoreReader.of(store) for store in dict.fromkeys(given)]
     cells = _cells(seed, p=p, keep=keep, select=select, score=score, block=block, fill=fill, order=order)
     warn_of_fractions(*cells)
     on = find_device(device)
     if out is not None:
-        check_out(Path(out), overwrite=overwrite)
+        check_out(out, overwrite=overwrite)
     _check_labels(readers)
+    for reader in readers:  # before weights are fetched from far
+        source = MaskedImages(reader, images)
+        source.check(*cells)
+        source.check_pixels()
     shown_to = _classifiers(readers, models, weights)
     _check_different(readers, shown_to)
     plans = [
@@ -144,24 +150,24 @@ def evaluate(
     shown = show(plans, show_progress=show_progress)
     evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
     if out is not None:
-        write_report(Path(out), evaluation.rows, evaluation.predictions, overwrite=overwrite)
+        write_report(out, evaluation.rows, evaluation.predictions, overwrite=overwrite)
     return evaluation
 
 
 def _several(values: Any) -> tuple[Any, ...]:
     """One value or a sequence of them as a tuple without repetitions."""
-    one = isinstance(values, str | os.PathLike | StoreReader) or not isinstance(values, Iterable)
+    one = isinstance(values, str) or not isinstance(values, Iterable)
     return tuple(dict.fromkeys([values] if one else values))
 
 
 def _cells(seed: int, **options: Any) -> list[MaskOptions]:
-    several = {name: _several(values) for name, values in options.items()}
-    for name, values in several.items():
+    each = {name: _several(values) for name, values in options.items()}
+    for name, values in each.items():
         if not values:
-            raise UserError(f"{name} is empty; give at least one value")
+            raise UserError(f"{option(name)} is empty; give at least one value")
     # in the order of the tables: p changes first, the order of the blocks last
     names = ["order", "fill", "block", "score", "select", "keep", "p"]
-    product = itertools.product(*(several[name] for name in names))
+    product = itertools.product(*(each[name] for name in names))
     return [MaskOptions(**dict(zip(names, values, strict=True)), seed=seed) for values in product]
 
 
@@ -210,19 +216,16 @@ def _classifiers(
     if models is None:
         pairs = zip(stores, _one_each(weights, len(stores)), strict=True)
         return [[recorded_classifier(one.spec, one.where, parameter="models", weights=own)] for one, own in pairs]
-    several = [models] if isinstance(models, str | Classifier | Module) else list(models)
-    if not several:
-        raise UserError("models is empty; give at least one, or leave it out for the store's own model")
-    wrong = [model for model in several if not isinstance(model, str | Classifier | Module)]
-    if wrong:
-        raise UserError(f"models has a {type(wrong[0]).__name__}; each must be a name, a Classifier or a network")
-    names = [model for model in several if isinstance(model, str)]
+    given = several("models", models, str | Classifier | Module, "a name, a Classifier or a network")
+    if not given:
+        raise UserError(f"{option('models')} is empty; give at least one, or leave it out for the store's own model")
+    names = [model for model in given if isinstance(model, str)]
     loaded = [load_classifier(*pair) for pair in zip(names, _one_each(weights, len(names)), strict=True)]
 
     def shown_to(store: StoreReader) -> list[Classifier]:
         named = iter(loaded)
         return [
-            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store) for model in several
+            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store) for model in given
         ]
 
     return list(map(shown_to, stores))
@@ -241,6 +244,8 @@ def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classif
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:
     if weights is None or isinstance(weights, str):
         return [weights] * n_models
+    if not isinstance(weights, list | tuple):
+        raise UserError(f"{option('weights')} is {weights!r:.80}; it must be weights, or several in a list")
     if len(weights) == 1:
         return list(weights) * n_models
     if len(weights) != n_models:

@@ -12,12 +12,13 @@ from igstore import cli
 from igstore.errors import UserError
 from igstore.interchange import write_quantus, write_virelay
 from igstore.progress import Progress
-from igstore.schema import Compress, check_choice
+from igstore.schema import Compress, as_path, check_choice
 from igstore.storage import layout
 from igstore.storage.appearing import appearing
 from igstore.storage.copies import check_finished, check_sealed, write_copy
 from igstore.storage.hdf5_writer import write_hdf5
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ def export_store(
     check_choice("format", format, FORMATS)
     given: dict[str, Any] = {"compress": compress}
     given = {name: value for name, value in given.items() if value is not None}
-    chosen, target = FORMATS[format], Path(out).expanduser()
+    chosen, target = FORMATS[format], as_path("out", out)
     for name in given.keys() - chosen.options:
         able = [other for other, one in FORMATS.items() if name in one.options]
-        raise UserError(f"{name} does not go with format {format}; it goes with {', '.join(able)}")
+        raise UserError(f"{option(name)} does not go with {option('format')} {format}; it goes with {', '.join(able)}")
     if compress is not None:
         check_choice("compress", compress, Compress)
     reader = StoreReader.of(store)

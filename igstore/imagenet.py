@@ -29,6 +29,7 @@ from igstore.errors import DataNotFoundError, ImageError, UserError
 from igstore.names import as_seen, is_foreign
 from igstore.schema import UNKNOWN_LABEL
 from igstore.storage.reading import open_regular, read_whole
+from igstore.wording import option
 
 Split = Literal["val", "train"]
 
@@ -94,7 +95,7 @@ def locate(root: Path, split: Split) -> Layout:
     """
     if not root.is_dir():
         what = "is a file; give the folder that holds it" if root.exists() else "does not exist"
-        raise DataNotFoundError(f"{root} {what}.\n{LAYOUT_HELP}")
+        raise DataNotFoundError(f"{root} {what}.\n{_layout_help()}")
     tar = root / f"ILSVRC2012_img_{split}.tar"
     if names := _list_folder(root / split):
         return Layout(root / split, names, _Files(str(root / split), tuple(names)))
@@ -104,7 +105,11 @@ def locate(root: Path, split: Split) -> Layout:
             return Layout(tar, names, _TarSlices(str(tar), np.array(offsets), np.array(sizes)))
     if names := _list_folder(root):
         return Layout(root, names, _Files(str(root), tuple(names)))
-    raise DataNotFoundError(f"no images of split {split!r} in {root}.\n{LAYOUT_HELP}")
+    raise DataNotFoundError(f"no images of split {split!r} in {root}.\n{_layout_help()}")
+
+
+def _layout_help() -> str:
+    return LAYOUT_HELP.replace("--data ROOT", option("images", "ROOT"))
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ def find_labels(layout: Layout, csv_path: Path | None) -> tuple[list[int], bool]
         return _labels_from_devkit(layout, devkit), True
     if layout.place.is_file():
         raise DataNotFoundError(
-            f"no labels for {layout.place}: put {DEVKIT}.tar.gz beside it, or give a CSV by --labels"
+            f"no labels for {layout.place}: put {DEVKIT}.tar.gz beside it, or give a CSV by {option('labels')}"
         )
     return [UNKNOWN_LABEL] * len(layout.names), False
 
@@ -226,12 +231,13 @@ def _labels_from_folders(layout: Layout) -> list[int]:
         if not slash:
             raise UserError(
                 f"{layout.place} holds images ({name}) beside folders of images: keep one of the two, or give "
-                f"a CSV by --labels"
+                f"a CSV by {option('labels')}"
             )
         if wnid not in _class_index():
             raise UserError(
                 f"the folder {wnid!r} in {layout.place} is not one of ImageNet's 1000 wnids (such as n01440764). "
-                f"For other classes give a CSV (file,class_index) by --labels, or a dataset to build_store in Python"
+                f"For other classes give a CSV (file,class_index) by {option('labels')}, or a dataset to build_store "
+                "in Python"
             )
         labels.append(_class_index()[wnid])
     return labels
@@ -291,7 +297,7 @@ def _find_csv(layout: Layout) -> _LabelTable | None:
         tables = [table for table in beside if not positions.keys().isdisjoint(table.label_of)]
     if len(tables) > 1:
         paths = ", ".join(str(table.path) for table in tables)
-        raise UserError(f"several CSVs may hold the labels of {layout.place}: {paths}; give one by --labels")
+        raise UserError(f"several CSVs may hold the labels of {layout.place}: {paths}; give one by {option('labels')}")
     return tables[0] if tables else None
 
 
@@ -340,7 +346,7 @@ def _labels_from_devkit(layout: Layout, devkit: Path) -> list[int]:
         if match is None or not 1 <= int(match[1]) <= len(truth):
             raise UserError(
                 f"{devkit} labels ILSVRC2012_val_00000001.JPEG to {len(truth):08d}, and {name!r} in {layout.place} is "
-                f"not one of them: remove it, or give a CSV by --labels"
+                f"not one of them: remove it, or give a CSV by {option('labels')}"
             )
         labels.append(truth[int(match[1]) - 1])
     return labels

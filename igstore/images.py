@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from igstore.errors import IgstoreError, ImageError, UserError
 from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
 from igstore.names import as_seen
-from igstore.schema import UNKNOWN_LABEL, Preprocessing, check_choice, whole_number
+from igstore.schema import UNKNOWN_LABEL, Preprocessing, as_path, check_choice, whole_number
 from igstore.storage.reading import access_error, is_of_the_machine
 
 __all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
@@ -201,8 +201,8 @@ def find_images(
     (('cat', 'dog'), [281, 248])
     """
     check_choice("split", split, Split)
-    layout = locate(Path(data).expanduser(), split)
-    indices, is_imagenet = find_labels(layout, None if labels is None else Path(labels).expanduser())
+    layout = locate(as_path("images", data), split)
+    indices, is_imagenet = find_labels(layout, None if labels is None else as_path("labels", labels))
     return _make_list(
         _ids_from_names(layout.names),
         indices,

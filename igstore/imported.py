@@ -117,8 +117,10 @@ def import_maps(
     from igstore.building.plan import chosen_classifier, listed_images, plan_build
     from igstore.building.worker import Worker
 
-    if not made_by.strip():
-        raise UserError("made_by is empty; say what made the maps, such as 'captum 0.8 Saliency'")
+    if not isinstance(made_by, str) or not made_by.strip():
+        raise UserError(
+            f"{option('made_by')} is {made_by!r:.80}; say what made the maps, such as 'captum 0.8 Saliency'"
+        )
     check_sizes(batch_size, workers)
     listed = listed_images(images, split=split, labels=labels)
     if ids is None and IMAGE in getattr(maps, "coords", ()):
@@ -177,7 +179,9 @@ def order_of_maps(images: Any, listed: ImageList, *, ids: Sequence[str] | None, 
     if ids is not None:
         order = np.asarray(ids, dtype=object).tolist()  # of a list, or a column of a table
         if not isinstance(order, list) or not all(isinstance(one, str) for one in order):
-            raise UserError(f"ids is {ids!r:.80}; it must be a list of the images' ids, such as {listed.ids[0]!r}")
+            raise UserError(
+                f"{option('ids')} is {ids!r:.80}; it must be a list of the images' ids, such as {listed.ids[0]!r}"
+            )
         return order
     by_id = listed.ids[:limit]
     if isinstance(images, ImageList):
@@ -217,7 +221,9 @@ def _check_fits(maps: GivenMaps, classifier: Classifier, reduce: Reduce) -> None
             "resize them"
         )
     if reduce == "none" and maps.n_channels != 3:
-        raise UserError(f"reduce is none, which keeps three channels; the maps have {maps.n_channels}: leave it out")
+        raise UserError(
+            f"{option('reduce')} is none, which keeps three channels; the maps have {maps.n_channels}: leave it out"
+        )
 
 
 def parser() -> cli.Parser:

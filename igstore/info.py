@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 
 from igstore import cli
 from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL, names_code
+from igstore.storage.files import Folder
 from igstore.storage.reader import StoreReader
+from igstore.storage.sources import LocalFiles
+from igstore.storage.staging import kept_images
+from igstore.storage.zarr_form import ZarrForm
 
 _FEW = 10  # names listed before "and so on"
 
@@ -27,6 +31,8 @@ class StoreInfo:
         Where it is, and the attributes of its `BuildSpec`.
     n_images, n_built, n_failed, n_missing
         Listed images, and how many of them are built, failed, or in no finished shard; n_images is their sum.
+    n_kept
+        Images of unfinished shards that a build, which is at work or was interrupted, has kept for when it goes on.
     failed
         The reason why each failed image failed, by id.
     missing_shards
@@ -60,6 +66,7 @@ class StoreInfo:
     n_built: int
     n_failed: int
     n_missing: int
+    n_kept: int
     n_shards: int
     failed: dict[str, str]
     missing_shards: list[int]
@@ -123,6 +130,7 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
         n_built=int(built.sum()),
         n_failed=len(failed),
         n_missing=len(store.not_built),
+        n_kept=_kept(store),
         n_shards=store.n_shards,
         failed=failed,
         missing_shards=store.missing_shards,
@@ -142,6 +150,14 @@ def store_info(path: str | os.PathLike[str]) -> StoreInfo:
         rankings={name: len(of_ranking) for name, of_ranking in rankings.items()},
         omitted=store.omitted,
     )
+
+
+def _kept(store: StoreReader) -> int:
+    is_local = isinstance(store.form, ZarrForm) and isinstance(store.form.source, LocalFiles)
+    if not is_local or not store.missing_shards:
+        return 0
+    with Folder(store.root) as folder:
+        return kept_images(folder, store.spec)
 
 
 def _percent(flags: NDArray[np.bool_]) -> float | None:
@@ -167,6 +183,11 @@ def describe(info: StoreInfo) -> list[str]:
         f"images       {info.n_images}: {info.n_built} built, {info.n_failed} failed, {info.n_missing} missing; "
         f"{info.n_shards} shard{'s' * (info.n_shards != 1)}",
     ]
+    if info.n_kept:
+        lines.append(
+            f"kept         {info.n_kept} of the missing images are done, in shards that are not: run the same command "
+            "again to go on with them"
+        )
     if info.top1 is not None:
         top5 = "not known" if info.top5 is None else f"{info.top5:.2f}%"
         lines.append(f"unmasked     top-1 {info.top1:.2f}%, top-5 {top5} of {info.n_labelled} labelled images")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from igstore.blocks import rank_dtype
 from igstore.errors import UserError
 from igstore.schema import Keep, Order, check_choice
+from igstore.wording import option
 
 Bools = NDArray[np.bool_]
 Ranks = NDArray[np.unsignedinteger[Any]]
@@ -43,7 +44,9 @@ BLUR_RADIUS = 40  # pixels: four sigma, where a Gaussian is cut
 def check_p(p: object) -> float:
     """`p` as a Python float; raise `UserError` unless it is a real number (not a bool) from 0 to 100."""
     if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 100:  # type: ignore[operator]
-        raise UserError(f"p is {p!r}; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half")
+        raise UserError(
+            f"{option('p')} is {p!r}; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half"
+        )
     return float(p)
 
 

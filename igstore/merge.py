@@ -24,7 +24,7 @@ from igstore.errors import DamagedStoreError, SettingsMismatchError, UserError
 from igstore.images import fingerprint
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
-from igstore.schema import BUILT, FAILED, NOT_BUILT, BuildSpec
+from igstore.schema import BUILT, FAILED, NOT_BUILT, BuildSpec, as_path, several
 from igstore.storage import layout
 from igstore.storage.appearing import appearing
 from igstore.storage.copies import check_sealed, own_fields
@@ -98,9 +98,10 @@ def merge_stores(
     DamagedStoreError
         A shard of a part is not what its record says; nothing damaged is passed on.
     """
-    readers = [StoreReader.of(store) for store in stores]
+    target = as_path("out", out)
+    parts = several("stores", stores, str | os.PathLike | StoreReader, "paths, URLs or readers")
+    readers = [StoreReader.of(store) for store in parts]
     merge = _Merge(readers)
-    target = Path(out).expanduser()
     with appearing(target) as making:
         for store in readers:
             for group in (store, *map(store.ranking, merge.rankings)):

@@ -20,6 +20,8 @@ import math
 import os
 import re
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from igstore.schema import BuildSpec, Interpolation, Preprocessing, check_resize
 from igstore.wording import option
 
 _OWN = "own"  # recorded for a network that arrives with its parameters
+_PATIENCE = 5  # seconds that a server has to say something
 _RANDOM = re.compile(r"random(?::(\d{1,18}))?")
 
 
@@ -67,7 +70,7 @@ class Classifier:
 
 def load_classifier(
     name: str,
-    weights: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | torchvision.models.WeightsEnum | None = None,
     *,
     resize: int | None = None,
     crop: int | tuple[int, int] | None = None,
@@ -84,9 +87,9 @@ def load_classifier(
         ``package.module:function``.
     weights
         None for the source's own (torchvision: ``IMAGENET1K_V1`` where it exists, else the model's default); one of
-        torchvision's weights names; a file of tensors, whose code is never run; or ``random[:SEED]``, a network that
-        has learnt nothing but whose gradients are of ordinary size. A file is taken to want the input that the
-        default weights want.
+        torchvision's weights, or their name; a file of tensors, whose code is never run; or ``random[:SEED]``, a
+        network that has learnt nothing but whose gradients are of ordinary size. A file is taken to want the input
+        that the default weights want.
     resize, crop, interpolation, mean, std
         Each replaces that field of the preprocessing that comes with the weights. A single number crops a square.
 
@@ -102,6 +105,17 @@ def load_classifier(
     (256, (224, 224))
     """
     check_resize(resize, crop)
+    if not isinstance(name, str):
+        raise UserError(
+            f"the model is a {type(name).__name__}; it must be a name, and networks go to classifier_from_module"
+        )
+    if isinstance(weights, torchvision.models.WeightsEnum):
+        weights = f"{type(weights).__name__}.{weights.name}"
+    if not isinstance(weights, str | os.PathLike | None):
+        raise UserError(
+            f"weights is a {type(weights).__name__}; it must be a name or the path of a file, and a network that has "
+            "loaded its weights goes to classifier_from_module"
+        )
     classifier = _found(name, None if weights is None else os.fspath(weights), _SOURCES)
     given = {
         "resize": resize,
@@ -206,11 +220,21 @@ def classifier_from_module(
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
-    check_resize(preprocessing.resize, preprocessing.crop)
+    check_preprocessing(preprocessing)
     kind = type(network)
     return _classifier(
         name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN
     )
+
+
+def check_preprocessing(preprocessing: Any) -> None:
+    """Raise `UserError` unless it is a `Preprocessing` that fills the crop."""
+    if not isinstance(preprocessing, Preprocessing):
+        raise UserError(
+            f"preprocessing is a {type(preprocessing).__name__}; it must be igstore.Preprocessing(resize=..., "
+            "crop=..., mean=..., std=...), which a store can say of itself"
+        )
+    check_resize(preprocessing.resize, preprocessing.crop)
 
 
 def torchvision_names() -> list[str]:
@@ -356,17 +380,39 @@ def _timm(name: str, weights: str | None) -> Classifier | None:
     if weights is not None:
         return _with_given(name, lambda: timm.create_model(own), preprocessing, weights)
     if not timm.is_model_pretrained(own):
-        raise UserError(f"timm has no weights for {own}; give weights, a file or random[:SEED]")
+        raise UserError(f"timm has no weights for {own}; give {option('weights')}, a file or random[:SEED]")
     try:
-        with _seeded(0):
+        with _seeded(0), _soon_offline():
             network = timm.create_model(own, pretrained=True)
     except OSError as error:
         where = f"https://huggingface.co/timm/{entry.architecture}.{entry.tag}" if entry.hf_hub_id else entry.url
         raise WeightsNotFoundError(
             f"{name}'s weights are not on this machine, and {where} cannot be reached ({first_line(error)}); "
-            f"fetch model.safetensors from there and give weights: /path/to/model.safetensors"
+            f"fetch model.safetensors from there and give {option('weights', '/path/to/model.safetensors')}"
         ) from error
     return _classifier(name, network, preprocessing, entry.tag or "pretrained")
+
+
+@contextmanager
+def _soon_offline() -> Iterator[None]:
+    """Where Hugging Face's server does not answer, have its client go by its cache at once, not try for a minute."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 @_source("package.module:function", fixed=False)
@@ -445,7 +491,9 @@ def _local_file(weights: str, name: str, instead: Iterable[str] = ()) -> Path:
     file = Path(weights).expanduser()
     if not file.is_file():
         choices = _any_of([*instead, "the path of a file"])
-        raise WeightsNotFoundError(f"weights is {weights!r}, which is no file; for {name} it must be {choices}")
+        raise WeightsNotFoundError(
+            f"{option('weights')} is {weights!r}, which is no file; for {name} it must be {choices}"
+        )
     return file
 
 

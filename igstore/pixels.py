@@ -17,6 +17,7 @@ from igstore.schema import BUILT, Preprocessing
 from igstore.storage import hdf5
 from igstore.storage.addresses import is_url
 from igstore.storage.reader import Form, StoreReader
+from igstore.wording import option
 
 # What decides the pixels of an image; mean and std only come after them.
 _CROP_FIELDS = ("resize", "crop", "interpolation")
@@ -85,8 +86,9 @@ def open_pixels(store: StoreReader, images: Form | ImageList | None) -> PixelSou
     if images is None:
         if "pixels" not in store.variables:
             raise UserError(
-                f"{store.where} was made without pixels; give images=PATH: the folder or tar of its images, or a store "
-                "that holds the pixels of the same images"
+                f"{store.where} was made without pixels; give {option('images', 'PATH')}, the folder or tar of its "
+                "images, or a "
+                "store that holds the pixels of the same images"
             )
         return store.array("pixels")
     built = np.flatnonzero(store.status == BUILT)

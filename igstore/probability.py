@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from igstore.adapters import adapted
 from igstore.attribution import numerics
 from igstore.batches import MaskedBatch, MaskedBatches
-from igstore.binary import with_classes
 from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
 from igstore.masking import MaskOptions
@@ -80,7 +80,7 @@ def target_probabilities(
     targets = store.scalars("target")
     found = []
     with numerics("float32", device), Progress(len(shown), label=label, show=show_progress) as progress:
-        whole = with_classes(classifier, "probability").network
+        whole = adapted(classifier, "probability").network
         network = accelerate(whole, torch.zeros(1, 3, *classifier.preprocessing.crop).to(device))
         for batch in batches:
             found.append(_of_batch(batch, targets[batch.images], classifier, network, cells))

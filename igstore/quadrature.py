@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from igstore.errors import UserError
 from igstore.schema import check_choice, whole_number
+from igstore.wording import option
 
 Nodes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -29,7 +30,7 @@ def _riemann_middle(m: int) -> Nodes:
 def _riemann_trapezoid(m: int) -> Nodes:
     """The textbook composite trapezoid on m points, the end points weighing half."""
     if m < 2:
-        raise UserError(f"riemann_trapezoid needs n_steps of at least 2, for both end points; it is {m}")
+        raise UserError(f"riemann_trapezoid needs {option('n_steps')} of at least 2, for both end points; it is {m}")
     weights = np.full(m, 1 / (m - 1))
     weights[[0, -1]] /= 2
     return np.linspace(0, 1, m), weights
@@ -60,6 +61,9 @@ METHODS: dict[str, Callable[[int], Nodes]] = {
 }
 
 
+_MOST_STEPS = 2**24
+
+
 def rule(method: str, n_steps: int) -> Nodes:
     """Nodes alpha in [0, 1] and weights of a quadrature rule, both float64 of shape (n_steps,), alpha ascending.
 
@@ -81,4 +85,4 @@ def rule(method: str, n_steps: int) -> Nodes:
     (array([0.25, 0.5 , 0.75, 1.  ]), array([0.25, 0.25, 0.25, 0.25]))
     """
     check_choice("method", method, METHODS)
-    return METHODS[method](whole_number("n_steps", n_steps, 1))
+    return METHODS[method](whole_number("n_steps", n_steps, 1, _MOST_STEPS))

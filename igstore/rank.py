@@ -12,12 +12,12 @@ from typing import Any
 
 import dask
 from dask.callbacks import Callback
-from dask.system import CPU_COUNT
 
 from igstore import __version__, cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, check_block, rank_blocks
 from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
+from igstore.limits import usable_cores
 from igstore.progress import Progress
 from igstore.schema import BuildSpec, Score
 from igstore.storage import layout, staging
@@ -193,7 +193,7 @@ def _compute(tasks: Sequence[Any], client: Any, advance: Callable[[int], None]) 
     """Compute the tasks, calling `advance` with each one's result when it is finished."""
     if client is None:
         # a thread that waits for the disk leaves its processor to another one
-        n_threads = dask.config.get("num_workers", None) or 2 * CPU_COUNT
+        n_threads = dask.config.get("num_workers", None) or 2 * usable_cores()
         with Callback(posttask=lambda _key, images, *_: advance(images)):
             dask.compute(*tasks, num_workers=n_threads)
         return

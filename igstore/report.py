@@ -16,7 +16,9 @@ from igstore.reporting import page, sections
 from igstore.reporting.findings import Findings
 from igstore.reporting.results import settings_sha256
 from igstore.reporting.results_folder import RESULTS, results_json
+from igstore.schema import as_path, several
 from igstore.storage import files
+from igstore.storage.reader import StoreReader
 from igstore.wording import option
 
 Path_ = str | os.PathLike[str]
@@ -28,7 +30,7 @@ _LEDE = (
 
 
 def make_report(
-    results: Path_ | Evaluation, out: Path_ = "report.html", *, stores: Sequence[Path_] = (), images: Any = None
+    results: Path_ | Evaluation, out: Path_ = "report.html", *, stores: Path_ | Sequence[Path_] = (), images: Any = None
 ) -> list[Path]:
     """Write what `evaluate` found as a page that is complete in itself, and a folder with its figures beside it.
 
@@ -63,9 +65,10 @@ def make_report(
     >>> page.name, sorted({path.suffix for path in beside})
     ('page.html', ['.csv', '.png'])
     """
-    out = Path(out)
+    out = as_path("out", out)
+    stores = several("stores", stores, str | os.PathLike | StoreReader, "a path, URL or reader")
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"out is {out}; it must be an HTML file: {out.with_suffix('.html')}")
+        raise UserError(f"{option('out')} is {out}; it must be an HTML file, such as {out / 'report.html'}")
     if isinstance(results, Evaluation):
         findings = Findings(results.rows, results.predictions)
         results_sha256 = hashlib.sha256(results_json(results.rows)).hexdigest()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -73,6 +75,27 @@ def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> i
         return int(value)
     bounds = f"at least {least}" if most == math.inf else f"at least {least} and at most {most}"
     raise UserError(f"{option(name)} is {value!r:.80}; it must be a whole number, {bounds}")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """`value` as a path, ``~`` expanded; raise `UserError` unless it is one, as a string or path."""
+    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes):
+        raise UserError(f"{option(name)} is {_in_words(value)}; it must be a path")
+    return Path(value).expanduser()
+
+
+def several(name: str, values: Any, kind: type | UnionType, what: str) -> list[Any]:
+    """One thing of a kind, or any number of them in a list, as a list; raise `UserError` for anything else."""
+    listed = [values] if isinstance(values, kind) else values
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, kind) for one in listed):
+        raise UserError(f"{option(name)} is {_in_words(values)}; it must be {what}, or several in a list")
+    return list(listed)
+
+
+def _in_words(value: Any) -> str:
+    """A value as a message shows it: itself where it is short, else what it is."""
+    said = repr(value)
+    return said if len(said) <= 60 and "\n" not in said else f"a {type(value).__name__}"
 
 
 def _is_whole(value: Any) -> bool:

@@ -24,6 +24,7 @@ from igstore.names import as_seen
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 Rgb = NDArray[np.uint8]  # (y, x, 3)
 
@@ -103,7 +104,7 @@ def show_store(
     options: dict[str, Any] = {"select": select, "score": score, "block": block, "fill": fill, "order": order}
     every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
     if not every_p:
-        raise UserError("p is empty; give a number from 0 to 100, or several")
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
     cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
     warn_of_fractions(*cells)
     source = MaskedImages(store, images)
@@ -125,12 +126,17 @@ def _spread(images: Images, n: int) -> Images:
     return spread
 
 
-def _find(source: MaskedImages, ids: Sequence[str]) -> Images:
-    if isinstance(ids, str):
-        raise UserError(f"image is {ids!r}; give a list of ids: [{ids!r}]")
-    if not ids:
-        raise UserError("image is empty; give at least one id, or leave it out")
+def _find(source: MaskedImages, given: Any) -> Images:
     store = source.reader
+    if isinstance(given, str):
+        raise UserError(f"{option('image')} is {given!r}; give a list of ids: [{given!r}]")
+    ids = np.asarray(given, dtype=object).tolist()  # of a list, or a column of a table
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise UserError(
+            f"{option('image')} is {given!r:.80}; it must be ids of images, such as {store.image_ids[0]!r}, in a list"
+        )
+    if not ids:
+        raise UserError(f"{option('image')} is empty; give at least one id, or leave it out")
     numbers = {as_seen(name): number for number, name in enumerate(store.image_ids)}
     ids = [as_seen(name) for name in ids]
     for name in ids:
@@ -328,7 +334,7 @@ def main(argv: Sequence[str]) -> int:
     options = vars(parsed)
     out = Path(options.pop("out"))
     if out.suffix.lower() != ".png":
-        raise UserError(f"out is {out}; it must be a PNG file: {out.with_suffix('.png')}")
+        raise UserError(f"{option('out')} is {out}; it must be a PNG file: {out.with_suffix('.png')}")
     if out.exists():
         output.note(f"note: {out} is there, and is replaced")
     picture = show_store(**options)

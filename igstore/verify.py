@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from igstore import cli
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
+from igstore.limits import usable_cores
 from igstore.names import is_foreign
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
@@ -102,7 +103,7 @@ def verify_store(
     rankings = [store.ranking(name) for name in store.rankings]
     findings = [*_metadata_findings(store, rankings), *_list_findings(store)]
     unreadable = {finding.array for finding in findings}
-    threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "verify")
+    threads = ThreadPoolExecutor(min(_MOST_THREADS, usable_cores()), "verify")
     with Progress(store.n_images, label="verify", show=show_progress) as progress, threads:
         look = partial(_look, store, rankings, unreadable)
         for shard, found in enumerate(threads.map(look, range(store.n_shards))):

@@ -1,8 +1,8 @@
 """A store as xarray: maps at their true scale, and masked images that are made when they are looked at.
 
 Nothing is read before it is asked for. Arrays are dask's, one chunk a shard. Picking images by number, id or slice in
-one step, as in ``view.sel(p=50, image=ID)``, reads those images alone; a second step, a list, a condition or a label
-reads the whole of each shard that it touches.
+one step, as in ``view.sel(p=50, image=ID)``, reads those images alone; a second step, a list or a condition reads the
+whole of each shard that it touches.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import uuid
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from xarray.core.indexing import IndexSelResult
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.errors import UserError
@@ -28,6 +27,7 @@ from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Ord
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -51,8 +51,9 @@ def open_store(store: Store) -> xr.Dataset:
     Returns
     -------
     Dataset with the variables of the store, images listed by the coordinates `image` (the id), `label` (the class
-    index, -1 unknown), `wnid` and `class_name` ("" where unknown); ``.sel(image=ID)`` and ``.sel(label=INDEX)`` both
-    work. Its attributes are the store's: everything that made it.
+    index, -1 unknown), `wnid` and `class_name` ("" where unknown): ``.sel(image=ID)`` picks by id, which is what xarray
+    aligns by, and ``.isel(image=ds.label == INDEX)`` by class. Its attributes are the store's, everything that made
+    it, as netCDF takes them: what is None is left out, truth is 1 or 0, and lists of words are one text.
 
     Raises
     ------
@@ -64,7 +65,7 @@ def open_store(store: Store) -> xr.Dataset:
     >>> store = open_store("toy.zarr")
     >>> store.attribution.dims, store.attribution.shape
     (('image', 'y', 'x'), (4, 24, 24))
-    >>> store.sel(label=2).image.values.tolist()
+    >>> store.isel(image=store.label == 2).image.values.tolist()
     ['picture_2']
     """
     reader = StoreReader.of(store)
@@ -88,7 +89,7 @@ def open_store(store: Store) -> xr.Dataset:
         values = _lazy(name, _Lazy(read, images, array.shape[1:], dtype), _chunks(reader, images))
         data[name] = xr.Variable(variable.dims, values, attributes)
     provenance = {name: value for name, value in reader.attributes.items() if name not in _CLASS_LISTS}
-    return xr.Dataset(data, _coordinates(reader, images), provenance)
+    return xr.Dataset(data, _coordinates(reader, images), _as_of_netcdf(provenance))
 
 
 def masked_view(
@@ -190,7 +191,7 @@ def _view(
 ) -> xr.DataArray:
     cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
     if not cells:
-        raise UserError("p is empty; give a number from 0 to 100, or several")
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
     warn_of_fractions(*cells)
     source.check(*cells)
     images, shape = source.built, tuple(inner.values())
@@ -300,54 +301,20 @@ def _coordinates(reader: StoreReader, images: Images) -> xr.Coordinates:
         known = np.array([*reader.attributes.get(attribute, ()), ""], dtype=np.str_)  # the last one is for unknown
         places = np.where((labels >= 0) & (labels < len(known) - 1), labels, UNKNOWN_LABEL)
         coordinates[name] = xr.Variable(IMAGE, known[places])
-    return xr.Dataset(coords=coordinates).set_xindex("label", LabelIndex).coords
+    return xr.Dataset(coords=coordinates).coords
 
 
-class LabelIndex(xr.Index):
-    """What makes ``.sel(label=5)`` and ``.sel(label=[5, 7])`` pick every image with such a label, in order."""
+def _as_of_netcdf(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's values as those that attributes of netCDF files may have: numbers, lists of numbers, texts."""
 
-    def __init__(self, labels: xr.Variable) -> None:
-        self._labels = labels
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {one}" for name, one in value.items())
+        if isinstance(value, list):
+            is_numbers = value and all(isinstance(one, int | float) for one in value)
+            return value if is_numbers else ", ".join(map(str, value))
+        if isinstance(value, int):  # and so bool
+            return int(value) if -(2**63) <= value < 2**63 else str(value)
+        return value
 
-    @classmethod
-    def from_variables(cls, variables: Mapping[Any, xr.Variable], *, options: Mapping[str, Any]) -> LabelIndex:
-        """As xarray asks for it."""
-        (labels,) = variables.values()
-        return cls(labels)
-
-    def create_variables(self, variables: Mapping[Any, xr.Variable] | None = None) -> dict[Any, Any]:
-        """As xarray asks for it."""
-        return dict.fromkeys(variables or (), self._labels)
-
-    @classmethod
-    def concat(
-        cls, indexes: Sequence[LabelIndex], dim: Hashable, positions: Iterable[Iterable[int]] | None = None
-    ) -> LabelIndex:
-        """As xarray asks for it."""
-        return cls(xr.concat([xr.DataArray(index._labels) for index in indexes], dim).variable)
-
-    def isel(self, indexers: Mapping[Any, Any]) -> LabelIndex | None:
-        """The index of the images picked, None for a single one."""
-        labels = self._labels.isel(indexers)
-        return LabelIndex(labels) if labels.ndim else None
-
-    def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
-        """The positions of the images with these labels; `KeyError` where there is none."""
-        if method is not None or tolerance is not None:
-            raise UserError("a label is picked as it is: method and tolerance do not go with it")
-        (wanted,) = labels.values()
-        found = np.flatnonzero(np.isin(self._labels.values, wanted))
-        if not len(found):
-            raise KeyError(f"no image has the label {wanted}")
-        return IndexSelResult({self._labels.dims[0]: found})
-
-    def equals(self, other: xr.Index, **_: Any) -> bool:
-        """Whether the labels are the same."""
-        return isinstance(other, LabelIndex) and np.array_equal(self._labels, other._labels)
-
-    def join(self, other: LabelIndex, how: str = "inner") -> LabelIndex:
-        """Different images are not aligned silently."""
-        raise UserError(
-            "these arrays hold different images; pick the same ones first, as in ds.sel(image=view.image), "
-            'or leave the index of labels out with .drop_indexes("label"), so that xarray can align them by id'
-        )
+    return {name: plain(value) for name, value in attributes.items() if value is not None}

@@ -243,3 +243,24 @@ def test_progress_in_a_log_file_is_whole_lines(monkeypatch):
     assert "\r" not in log.getvalue()
     assert "\x1b" not in log.getvalue()
     assert [line.partition(",")[0] for line in log.getvalue().splitlines()] == ["work: 3/3 images"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("Unable to allocate 7 TiB"), RuntimeError("can't start new thread")], ids=repr
+)
+def test_running_out_of_memory_is_one_line(error, capsys):
+    def command(_):
+        raise error
+
+    assert cli.run(command, []) == cli.FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("igstore: out of memory (")
+    assert said.count("\n") == 1
+
+
+def test_other_errors_of_the_runtime_are_not_hidden():
+    def command(_):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.run(command, [])

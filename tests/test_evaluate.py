@@ -499,8 +499,8 @@ class Infinite(Pooled):
         ({"limit": 0}, UserError, "limit is 0"),
         ({"batch_size": 0}, UserError, "batch_size is 0"),
         ({"device": "tpu"}, UserError, "device is 'tpu'"),
-        ({"models": []}, UserError, "models is empty"),
-        ({"models": [3]}, UserError, "models has a int"),
+        ({"models": []}, UserError, r"models is empty"),
+        ({"models": [3]}, UserError, r"models is \[3\]; it must be a name"),
         ({"models": ["no_such_model"]}, UserError, "no_such_model"),
         ({"models": [classifier(n_classes=4)]}, UserError, "class index 4, but pooled has 4 classes"),
         (

@@ -466,7 +466,7 @@ def test_a_csv_inside_comes_before_one_beside_and_two_are_refused(flat: Path) ->
     write(flat / "labels.csv", b"file,class_index\na.jpg,2\n")
     assert find_images(flat).labels.tolist() == [2, -1, -1]
     write(flat / "old_labels.csv", b"file,class_index\na.jpg,3\n")
-    with pytest.raises(UserError, match="give one by --labels"):
+    with pytest.raises(UserError, match="give one by labels"):
         find_images(flat)
 
 

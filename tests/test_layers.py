@@ -14,10 +14,10 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors locks names reading wording schema files addresses progress cli commands completion parts
+errors locks names reading wording limits schema files addresses progress cli commands completion parts
 freed_memory quadrature blocks masks memory modules convolutions activations fusion acceleration
-backward stem
-imagenet images normalisation weights baselines models binary attribution layout zarr_metadata given_maps hdf5
+backward points filters reference kernels launches steps graph scales tracing integral stem
+imagenet images normalisation weights baselines models adapters attribution layout zarr_metadata given_maps hdf5
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair
 decoding pixels masking schedulers
@@ -33,8 +33,8 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors locks names reading wording schema files addresses progress cli commands completion parts schedulers build
-imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
+errors locks names reading wording limits schema files addresses progress cli commands completion parts schedulers
+build imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge

@@ -373,7 +373,7 @@ def test_timms_download_failing_says_where_from(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(WeightsNotFoundError) as caught:
         load_classifier("timm:resnet10t")
     assert "https://huggingface.co/timm/resnet10t.c3_in1k cannot be reached" in str(caught.value)
-    assert "weights: /path/to/model.safetensors" in str(caught.value)
+    assert "weights=/path/to/model.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -218,7 +218,7 @@ def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
 def test_what_is_in_the_way_is_left_alone(path):
     path.mkdir()
     (path / "thesis.tex").write_text("years of work")
-    with pytest.raises(StoreExistsError, match="another --store"):
+    with pytest.raises(StoreExistsError, match="another store"):
         make(path)
     assert (path / "thesis.tex").read_text() == "years of work"
 

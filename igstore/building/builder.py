@@ -30,6 +30,7 @@ from igstore.storage.presence import at_work
 from igstore.storage.reader import StoreReader
 from igstore.storage.repair import repair_store
 from igstore.storage.store import check_there, create_store, extend_store, finish_store
+from igstore.wording import option
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ def begun_store(build: Build) -> StoreReader | None:
     if differences:
         listing = "; ".join(f"{name} is {theirs} there and {ours} here" for name, theirs, ours in differences)
         raise SettingsMismatchError(
-            f"{build.path} was made with other settings: {listing}. Give the same, another --store, or --overwrite"
+            f"{build.path} was made with other settings: {listing}. Give the same, another {option('store')}, or "
+            f"{option('overwrite')}"
         )
     return store
 

@@ -29,6 +29,7 @@ from igstore.errors import IgstoreError, SettingsMismatchError, UserError
 from igstore.images import Split
 from igstore.schema import BuildSpec
 from igstore.storage.presence import at_work
+from igstore.wording import option
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,14 @@ class Order:
         """
         if not isinstance(model, str) or not isinstance(images, (str, os.PathLike)):
             raise UserError(
-                "scheduler needs a model given by name, package.module:function for one of your own, and images given "
+                f"{option('scheduler')} needs a model given by name, package.module:function for one of your own, and "
+                "images given "
                 "by path: workers load them themselves"
             )
         if device == "all" or "," in device:
             raise UserError(
-                f"device is {device}, which with scheduler is each worker's one device; start one worker a GPU, and "
+                f"{option('device')} is {device}, which with {option('scheduler')} is each worker's one device; start "
+                "one worker a GPU, and "
                 "leave it out"
             )
         return cls(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from igstore.errors import ImageError
 from igstore.images import ImageList, prepare, resized_size
+from igstore.limits import usable_cores
 from igstore.schema import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Job:
 
 def most_workers() -> int:
     """Threads that are worth having: one a core, at most 8."""
-    return min(_MOST_WORKERS, os.cpu_count() or 1)
+    return min(_MOST_WORKERS, usable_cores())
 
 
 class Decoder:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from igstore.errors import UserError
+from igstore.wording import option
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     """The device called ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises
@@ -16,20 +17,22 @@ def find_device(name: str) -> torch.device:
         There is no such device on this machine.
     """
     available = _cuda_devices()
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if available else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name) if isinstance(name, str | torch.device) else None
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+        raise UserError(f"{option('device')} is {name!r:.80}; it must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= available:
-        raise UserError(f"device is {name!r}, but this machine has {available} CUDA devices that torch can use")
+        raise UserError(
+            f"{option('device')} is {str(name)!r}, but this machine has {available} CUDA devices that torch can use"
+        )
     return device
 
 
-def find_devices(names: str) -> tuple[torch.device, ...]:
+def find_devices(names: str | torch.device) -> tuple[torch.device, ...]:
     """The device that `find_device` finds, those of a list like ``cuda:0,cuda:2``, or all CUDA devices: ``all``.
 
     A device that is listed twice is given twice.
@@ -39,13 +42,15 @@ def find_devices(names: str) -> tuple[torch.device, ...]:
     UserError
         There is no such device on this machine, or ``all`` are none.
     """
+    if not isinstance(names, str):
+        return (find_device(names),)
     if names != "all":
         return tuple(find_device(name) for name in names.split(","))
     available = _cuda_devices()
     if not available:
         raise UserError(
-            "device is all, which means every GPU, but this machine has no CUDA device that torch can use; "
-            "give cpu to do without"
+            f"{option('device')} is all, which means every GPU, but this machine has no CUDA device that torch can "
+            "use; give cpu to do without"
         )
     return tuple(torch.device("cuda", index) for index in range(available))
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from igstore.errors import UserError
+from igstore.wording import option
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
-            raise UserError(f"part is {self}; it must be I/N, I from 1 to N: 1/8 to 8/8 for eight jobs")
+            raise UserError(f"{option('part')} is {self}; it must be I/N, I from 1 to N: 1/8 to 8/8 for eight jobs")
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -42,9 +43,9 @@ class Part:
         UserError
             It is not of that form, or not one of the parts.
         """
-        numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text) if isinstance(text, str) else None
         if not numbers:
-            raise UserError(f"part is {text!r}; it must be I/N, such as 1/8, I from 1 to N")
+            raise UserError(f"{option('part')} is {text!r}; it must be I/N, such as 1/8, I from 1 to N")
         return cls(int(numbers[1]), int(numbers[2]))
 
     @property

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from igstore.binary import with_classes
+from igstore.adapters import adapted
 from igstore.errors import ImageError, UserError
 from igstore.images import ImageList, Split, as_image_list, find_images
-from igstore.models import Classifier, classifier_from_module, load_classifier
-from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, check_resize
+from igstore.models import Classifier, check_preprocessing, classifier_from_module, load_classifier
+from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, as_path
 from igstore.storage import layout
 from igstore.storage.store import read_json
+from igstore.wording import option
 
 _LOOKED_AT = 64  # images whose size is looked at before work begins
 
@@ -49,10 +50,11 @@ def plan_build(
     settings: dict[str, Any],
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
-    version = FORMAT_VERSION if overwrite else _format_there(Path(store))
+    path = as_path("store", store)
+    version = FORMAT_VERSION if overwrite else _format_there(path)
     listed = listed_images(images, split=split, labels=labels)
     classifier, listed = chosen_classifier(model, weights, preprocessing, listed)
-    classifier = with_classes(classifier, settings.get("output", "logit"))
+    classifier = adapted(classifier, settings.get("output", "logit"))
     spec = BuildSpec(
         model=classifier.name,
         weights=classifier.weights,
@@ -64,9 +66,12 @@ def plan_build(
     chosen = listed.head(limit) if limit is not None else listed
     if spec.target == "label" and (chosen.labels == UNKNOWN_LABEL).any():
         first = chosen.ids[int(np.argmax(chosen.labels == UNKNOWN_LABEL))]
-        raise UserError(f"image {first} has no label, which target=label needs; give labels, or use target=prediction")
+        raise UserError(
+            f"image {first} has no label, which {option('target', 'label')} needs; give {option('labels')}, or "
+            f"{option('target', 'prediction')}"
+        )
     layout.check_classes(spec, int(chosen.labels.max()))
-    return Build(classifier, listed, len(chosen), spec, Path(store))
+    return Build(classifier, listed, len(chosen), spec, path)
 
 
 def _format_there(path: Path) -> int:
@@ -82,7 +87,7 @@ def listed_images(images: Any, *, split: Split, labels: str | os.PathLike[str] |
     if isinstance(images, (str, os.PathLike)):
         listed = find_images(images, split=split, labels=labels)
     elif labels is not None:
-        raise UserError("labels goes with images given as a path; otherwise each image brings its own")
+        raise UserError(f"{option('labels')} goes with images given as a path; otherwise each image brings its own")
     else:
         listed = as_image_list(images)
     if not len(listed):
@@ -106,7 +111,7 @@ def chosen_classifier(
     elif weights is not None:
         raise UserError("weights goes with a model given by name; a network brings its own")
     if preprocessing is not None:
-        check_resize(preprocessing.resize, preprocessing.crop)
+        check_preprocessing(preprocessing)
     if isinstance(model, Classifier):
         given = model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
         return given, images

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.binary import with_classes
+from igstore.adapters import adapted
 from igstore.blocks import block_ranks, block_shares, block_sums
 from igstore.building.devices import find_device
 from igstore.engine.attributor import Attributor
@@ -18,6 +18,7 @@ from igstore.pixels import find_pixels, open_pixels
 from igstore.schema import BUILT, IMPORTED, whole_number
 from igstore.storage.integrity import Finding
 from igstore.storage.reader import StoreReader
+from igstore.wording import option
 
 _BATCH = 16  # images in memory at a time
 # Other batches, threads or devices of one precision stay above it; in bfloat16 they may round at other places.
@@ -48,14 +49,14 @@ class Recomputation:
         if store.spec.method == IMPORTED:
             raise UserError(
                 f"the maps of {store.where} were made by {store.spec.maps_by}, and imported: igstore cannot make them "
-                "again; leave --recompute out"
+                f"again; leave {option('recompute')} out"
             )
         built = np.flatnonzero(store.status == BUILT)
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))
         self._source = open_pixels(store, find_pixels(images))
         classifier = recorded_classifier(store.spec, store.where, parameter="model", model=model, weights=weights)
-        shown = with_classes(classifier, store.spec.output)
+        shown = adapted(classifier, store.spec.output)
         self._attributor = Attributor(shown, store.spec, device=find_device(device))
 
     def findings(self) -> Iterator[Finding]:

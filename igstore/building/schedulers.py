@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from igstore.errors import UserError
+from igstore.wording import option
 
 
 @contextmanager
@@ -22,7 +23,8 @@ def connect(address: str) -> Iterator[Any]:
         from distributed import Client
     except ImportError:
         raise UserError(
-            f"scheduler is {address}, which needs dask.distributed; install it with `pip install 'igstore[cluster]'`"
+            f"{option('scheduler')} is {address}, which needs dask.distributed; install it with `pip install "
+            "'igstore[cluster]'`"
         ) from None
     try:
         client = Client(address, set_as_default=False)

@@ -6,6 +6,7 @@ accelerator waits for neither. What is finished is kept: `igstore.storage.stagin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,17 +15,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from igstore import cli
 from igstore.building import provenance
 from igstore.building.decoding import Decoder, Job
 from igstore.building.plan import Build
 from igstore.building.shards import ShardWriter
 from igstore.engine.attributor import Arrays, Attributor
+from igstore.limits import free_memory
+from igstore.models import Classifier
 from igstore.schema import BUILT, FAILED
 from igstore.storage import layout, staging
 from igstore.storage.files import Folder
 from igstore.storage.presence import hold
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import write_shard
+
+logger = logging.getLogger(__name__)
+
+_COPIES = 3  # of the parameters, while a network is made faster
 
 # Gradient evaluations in a unit, the work that a kill can cost: under a minute on two cores, about a second on a GPU.
 _UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
@@ -59,6 +67,18 @@ class Workers(Protocol):
         """Build `shards`, of a store that is there; `report` hears of every image once."""
 
 
+def _say_if_short_of_memory(classifier: Classifier) -> None:
+    """Say so where a network's parameters alone may be more than there is room for, before the system kills us."""
+    n_bytes = sum(parameter.nbytes for parameter in classifier.network.parameters())
+    free = free_memory()
+    if free < _COPIES * n_bytes:
+        logger.warning(
+            "%s has %s of parameters, of which %d copies are made, and %s of memory is free: the system may end this "
+            "process; allow it more memory",
+            *(classifier.name, cli.size(n_bytes), _COPIES, cli.size(free)),
+        )
+
+
 class Worker:
     """Builds shards in this process; a context manager.
 
@@ -91,7 +111,11 @@ class Worker:
         attributor: Callable[..., Attributor] = Attributor,
     ) -> None:
         self._build = build
+        if device.type == "cpu":
+            _say_if_short_of_memory(build.classifier)
         self._attributor = attributor(build.classifier, build.spec, device=device, batch_size=batch_size)
+        if batch_size is None and self._attributor.batch_size == 1:
+            logger.warning("little memory is free on %s: batches of 1", device)
         layout.check_classes(build.spec, self._attributor.n_classes - 1)
         self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
         self._decoder = Decoder(build.images, build.spec.preprocessing, workers)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
+from igstore.limits import free_memory
+
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now without swapping or failing."""
+    """Bytes that can be allocated on `device` now without swapping, failing or being killed."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # what torch's allocator holds but does not use is free too
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: half of the physical memory is a fair guess
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free_memory()
 
 
 def gradient_bytes(network: nn.Module, probe: Tensor) -> int:

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from igstore.adapters import adapted
 from igstore.attribution import logits, numerics
 from igstore.batches import MaskedBatch, MaskedBatches
-from igstore.binary import with_classes
 from igstore.building import provenance
 from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
@@ -103,7 +103,7 @@ def show(plans: Sequence[ShowingPlan], *, show_progress: bool) -> list[Shown]:
         # all of them first, so that one that does not work is found before the work begins
         networks = {
             classifier: accelerate(
-                with_classes(classifier, "logit").network,
+                adapted(classifier, "logit").network,
                 torch.zeros(1, 3, *classifier.preprocessing.crop).to(plan.device),
             )
             for plan in plans

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 from igstore.errors import DamagedStoreError
+from igstore.limits import usable_cores
 from igstore.progress import Progress
 from igstore.storage import files
 from igstore.storage.presence import hold, writing
@@ -65,7 +65,7 @@ def check_shards(
     """
     shards = range(group.n_shards) if shards is None else shards
     sizes = [last - first for first, last in map(group.bounds, shards)]
-    threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "check")
+    threads = ThreadPoolExecutor(min(_MOST_THREADS, usable_cores()), "check")
     with Progress(sum(sizes), label=label, show=show_progress, patience=_PATIENCE) as progress, threads:
         for size, findings in zip(sizes, threads.map(partial(check_shard, group), shards), strict=True):
             progress.advance(size)

@@ -25,6 +25,7 @@ from igstore.storage.hdf5_form import Hdf5Form
 from igstore.storage.reading import parse_json, reading
 from igstore.storage.sources import LocalFiles, open_source
 from igstore.storage.zarr_form import ZarrForm
+from igstore.wording import option
 
 Form = ZarrForm | Hdf5Form
 Location = str | os.PathLike[str] | Form
@@ -297,6 +298,8 @@ class StoreReader(Sharded):
         cache: str | os.PathLike[str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(store, str | os.PathLike | Form):
+            raise UserError(f"the store is a {type(store).__name__}; it must be a path, a URL or a StoreReader")
         if not isinstance(store, Form):
             source = open_source(store, cache=cache, options=storage_options)
             with reading(source.where):
@@ -355,7 +358,8 @@ class StoreReader(Sharded):
         if name in self.omitted:
             raise StoreNotFoundError(
                 f"{self.where} was exported without {' and '.join(self.omitted)}, so it has no {name}; give the whole "
-                "store" + (", or images=PATH: the images that it was made from" if name == "pixels" else "")
+                "store"
+                + (f", or {option('images', 'PATH')}, the images that it was made from" if name == "pixels" else "")
             )
         return super().array(name)
 

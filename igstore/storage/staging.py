@@ -49,15 +49,25 @@ def load_unit(store: Folder, spec: BuildSpec, first: int, count: int) -> Arrays 
 
     None unless it is there, as it was saved, of `count` images, and made with `spec`.
     """
-    stored = store.read(_file(first))
+    arrays = _read_unit(store, spec, _file(first))
+    return arrays if arrays is not None and all(len(values) == count for values in arrays.values()) else None
+
+
+def kept_images(store: Folder, spec: BuildSpec) -> int:
+    """How many images the units that are there hold, of those made with `spec`."""
+    kept = [_read_unit(store, spec, f"{FOLDER}/{name}") for name in units(store)]
+    return sum(len(arrays["status"]) for arrays in kept if arrays is not None)
+
+
+def _read_unit(store: Folder, spec: BuildSpec, name: str) -> Arrays | None:
+    stored = store.read(name)  # None where it is in a finished shard meanwhile
     if stored is None:
         return None
     content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
     if _digest(spec, content) != digest:
         return None
     with np.load(BytesIO(content), allow_pickle=False) as loaded:
-        arrays = dict(loaded)
-    return arrays if all(len(values) == count for values in arrays.values()) else None
+        return dict(loaded)
 
 
 def _digest(spec: BuildSpec, content: bytes) -> bytes:

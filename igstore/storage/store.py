@@ -33,6 +33,7 @@ from igstore.storage.presence import check_in_place, gone, hold, replaced, writi
 from igstore.storage.reader import Sharded, StoreReader
 from igstore.storage.reading import MOST_METADATA, NOT_THERE, parse_json, read_whole, reading
 from igstore.storage.zarr_metadata import ZSTD, array_document, group_document
+from igstore.wording import option
 
 Arrays = Mapping[str, NDArray[Any]]
 Record = dict[str, Any]
@@ -71,7 +72,9 @@ def create_store(
         `path` cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreExistsError(f"{path} exists and is not a store of igstore's; give another --store, or remove it")
+        raise StoreExistsError(
+            f"{path} exists and is not a store of igstore's; give another {option('store')}, or remove it"
+        )
     target = path.resolve()
     making = files.temporary_name(target)
     try:

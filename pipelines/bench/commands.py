@@ -1,7 +1,7 @@
-"""Every command on many small images: seconds of each, at two numbers of images, and whether they grow faster than those.
+"""Every command on many small images: seconds at two numbers of images, and whether they grow faster than the images.
 
-The images are a few pixels wide and the network is next to nothing, so that what is left is what a command does for each
-image: work that is done for all images again and again shows at once.
+The images are a few pixels wide and the network is next to nothing. What is left is what a command does for each image,
+so that work that is done for all images again and again shows at once.
 """
 
 from __future__ import annotations

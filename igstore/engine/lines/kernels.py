@@ -1,4 +1,4 @@
-"""Triton kernels for points of straight lines; what they compute is written in torch in `igstore.engine.lines.reference`.
+"""Triton kernels for points of lines; `igstore.engine.lines.reference` says in torch what each computes.
 
 Tensors are (point, y, x, channel), dense but for the last dimension, of which they may be a part: ``row`` is how many
 numbers apart two pixels are. Offsets are 32-bit: no tensor may have 2**31 numbers.
@@ -248,7 +248,7 @@ def convolve(
                     )  # fmt: skip
 
 
-# --- Kernels whose programs have some rows, which are pixels of points, and some channels of them. The last arguments are
+# --- Kernels whose programs have some rows, the pixels of points, and some channels of them. The last arguments are
 # the sides of an image of rows, and how many channels and rows there are.
 
 _ROWS = "n_references height width rows in_height in_width passes_row".split()
@@ -564,7 +564,7 @@ def interpolate(start, difference, image, alpha, out, size, BLOCK: tl.constexpr)
 
 @triton.jit
 def weighted_sum(gradient, order, begin, weights, sums, size, BLOCK: tl.constexpr):
-    """``sums[image] = sum of weights[j] gradient[order[j]]`` over the image's j, from begin[image] to begin[image + 1]."""
+    """``sums[image] = sum of weights[j] gradient[order[j]]``, j from begin[image] up to begin[image + 1]."""
     image = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -164,7 +164,7 @@ def convolve_backward(
 
 
 class _Tiles(NamedTuple):
-    """How a launch divides its work: rows and columns of a program, its warps, stages of loading, turns of finishing."""
+    """How a launch divides its work: rows and columns a program, its warps, stages of loading, turns of finishing."""
 
     rows: int
     columns: int
@@ -250,7 +250,7 @@ def _tensors(value: Value) -> tuple[Tensor, Tensor]:
 
 
 def _strides(value: Value) -> tuple[int, int, int]:
-    """Numbers from pixel to pixel of the pairs, from their high to their low halves, and from pixel to pixel of differences."""
+    """Strides: from pixel to pixel of the pairs, from high to low halves, from pixel to pixel of the differences."""
     return _row(value.pair), _low(value.pair), _row(value.difference)
 
 

@@ -2,15 +2,16 @@
 
     value = (1 - t) value of the reference before + t value of the reference after + difference
 
-Rounding to 16 bits on the way forward changes which units are active, and a map never forgets that. References are kept as
-pairs of float16 numbers, which are as good as float32; what remains for the other points is small, and is rounded to
-float16. Where no unit between two references switches, a network of ReLUs is linear, and nothing remains.
+Rounding to 16 bits on the way forward changes which units are active, and that shows in a map for good. References are
+kept as pairs of float16 numbers, which are as good as float32. What remains for the other points is small, and is
+rounded to float16. Where no unit between two references switches, a network of ReLUs is linear, and nothing remains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def points_of(alphas: Sequence[NDArray[np.float64]], device: torch.device) -> Po
     begin = 0
     for some in alphas:
         chosen = _references(some)
-        for place, (first, last) in enumerate(zip(chosen, chosen[1:], strict=False), len(references)):
+        for place, (first, last) in enumerate(pairwise(chosen), len(references)):
             for h in range(first + 1, last):
                 between = float((some[h] - some[first]) / (some[last] - some[first]))
                 others.append((begin + h, place, place + 1, between))

@@ -6,6 +6,8 @@ Tensors are (point, y, x, channel). Functions that go backwards add an addend to
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,7 +32,7 @@ def weighted_sums(gradient: Tensor, order: Tensor, begin: Tensor, weights: Tenso
     Always in that order. Sums are float32 (image, y, x, channel).
     """
     places = begin.tolist()
-    parts = [slice(first, last) for first, last in zip(places, places[1:], strict=False)]
+    parts = [slice(first, last) for first, last in pairwise(places)]
     weights = weights.view(-1, 1, 1, 1)
     return torch.stack([(weights[part] * gradient[order[part]].float()).sum(dim=0) for part in parts])
 

@@ -18,8 +18,8 @@ _VALUES, _GRADIENTS = 2.0**6, 2.0**4
 def set_scales(steps: Sequence[Step], graph: fx.GraphModule, images: Tensor, originals: dict[fx.Node, fx.Node]) -> None:
     """Choose powers of two for all nodes of values, and tell the steps.
 
-    Values that are summed or concatenated, and those that stay as large as they are, have one in common; convolutions and
-    batch norms change it.
+    Values that are summed or concatenated have one in common, and so have those that stay as large as they are.
+    Convolutions and batch norms change it.
 
     Parameters
     ----------

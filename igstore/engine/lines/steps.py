@@ -1,4 +1,4 @@
-"""A network in steps that compute on points of lines, forwards and backwards; `igstore.engine.lines.tracing` makes them.
+"""A network in steps that compute on points of lines, forwards and backwards. `tracing` makes them.
 
 Convolutions, what surrounds them, concatenations and pooling are computed on values (`igstore.engine.lines.points`);
 whatever else there is, torch computes in float32 at every point.
@@ -34,8 +34,8 @@ class Path:
     points, image, alpha
         Which points are references; and of each point, in that order, its image, int64, and its place, float32.
     order, begin, weights
-        The points image by image, int64 (point,); where each image's begin, int32 (image + 1,); and what their gradients
-        weigh in the image's sum, float32 (point,), in the order of `order`.
+        The points image by image, int64 (point,); where each image's begin, int32 (image + 1,); and the weights of their
+        gradients in the image's sum, float32 (point,), in the order of `order`.
     operations
         What computes on values: `igstore.engine.lines.reference`, or a module of the same functions.
     """
@@ -103,8 +103,8 @@ class LineNetwork:
     Parameters
     ----------
     prefix, lines
-        From images (image, channel, y, x) to what some nodes hold, a tuple, and these nodes: where the network is affine,
-        points of a line are mapped to points of a line, so that two evaluations an image suffice.
+        A network from images (image, channel, y, x) to the values of some nodes, a tuple, and these nodes. It is affine,
+        so it maps lines to lines, and two evaluations an image suffice.
     steps
         The rest, in order.
     scores
@@ -298,7 +298,7 @@ class Operation(Step):
     keeps_scale
         Whether the outputs are as large as the inputs, so that they are multiplied by the same.
     reader_gates
-        The step that reads the outputs first, and so is the last to add to their gradient, lets none pass where they are
+        The step that reads the outputs first is the last to add to their gradient; it lets none pass where they are
         clamped.
     gates
         This step does so for x.

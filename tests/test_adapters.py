@@ -1,4 +1,4 @@
-"""A network of one output as a classifier of two classes, held against captum, and what degenerate maps are called."""
+"""Networks of one output or one channel, held against captum, and what degenerate maps are called."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from igstore import (
     store_info,
     verify_store,
 )
-from igstore.binary import TwoClasses, with_classes
+from igstore.adapters import TwoClasses, adapted
+from igstore.errors import ModelError
 from igstore.evaluate import main as evaluate_main
 from igstore.info import main as info_main
 from igstore.models import Classifier
@@ -49,7 +50,7 @@ class Head(nn.Module):
 
 
 def head() -> Classifier:
-    """A model that is loaded by the name ``test_binary:head``."""
+    """A model that is loaded by the name ``test_adapters:head``."""
     return classifier_from_module(Head(), preprocessing=PREPROCESSING)
 
 
@@ -107,7 +108,7 @@ def test_maps_are_those_of_captum(output, target, tmp_path):
 
 def test_everything_else_knows_both_classes(tmp_path, monkeypatch):
     store = tmp_path / "binary.zarr"
-    build_store("test_binary:head", pictures(), store, n_steps=STEPS, output="probability", device="cpu")
+    build_store("test_adapters:head", pictures(), store, n_steps=STEPS, output="probability", device="cpu")
     assert verify_store(store, recompute=8, device="cpu") == []
     found = evaluate(store, p=0, keep="bottom", order="attribution", device="cpu")
     assert found.predictions.prediction.values.ravel().tolist() == RIGHT
@@ -132,8 +133,8 @@ def test_everything_else_knows_both_classes(tmp_path, monkeypatch):
 def test_other_networks_stay_as_they_are(n_outputs):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, n_outputs))
     classifier = classifier_from_module(network, preprocessing=PREPROCESSING)
-    assert with_classes(classifier, "logit") is classifier
-    assert with_classes(with_classes(head(), "logit"), "logit").network.network.__class__ is Head
+    assert adapted(classifier, "logit") is classifier
+    assert adapted(adapted(head(), "logit"), "logit").network.network.__class__ is Head
 
 
 def test_probabilities_of_two_classes_are_the_sigmoid():
@@ -219,7 +220,7 @@ def test_the_count_goes_with_the_images(tmp_path, capsys):
     images = black_and_other(4)
     every = build_store(head(), images, tmp_path / "all.zarr", **settings)
     assert (every.n_zero_maps, every.n_same_output) == (4, 4)
-    words = said(evaluate_main, [str(tmp_path / "all.zarr"), "--models", "test_binary:head", "--p", "50"], capsys)
+    words = said(evaluate_main, [str(tmp_path / "all.zarr"), "--models", "test_adapters:head", "--p", "50"], capsys)
     assert f"note: 4 images of {tmp_path / 'all.zarr'} have an attribution of 0 everywhere" in words
     for part, some in (("one", images[:5]), ("two", images[5:])):
         build_store(head(), some, tmp_path / f"{part}.zarr", **settings)
@@ -259,3 +260,67 @@ def change(store: Path, **fields: Any) -> None:
     file = store / StoreReader(store).record_file(0)
     record = {name: value for name, value in json.loads(file.read_text()).items() if name != "seal"}
     file.write_text(json.dumps(sealed({**record, **fields})))
+
+
+# --- One channel
+
+
+class OneChannel(nn.Module):
+    """As those for handwritten digits."""
+
+    def __init__(self, n_outputs: int = 4) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.convolution, self.norm = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+            self.head = nn.Linear(6 * (SIZE - 2) ** 2, n_outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.norm(self.convolution(x))).flatten(1))
+
+
+SAME = Preprocessing(resize=None, crop=(SIZE, SIZE), mean=(0.1307,) * 3, std=(0.3081,) * 3)
+
+
+@pytest.mark.parametrize("n_outputs", [4, 1])
+def test_grey_images_of_a_network_of_one_channel_are_as_captum_s(n_outputs, tmp_path):
+    grey = [(name, array[..., 0], None) for name, array, _ in pictures()]  # (y, x)
+    network = OneChannel(n_outputs).eval()
+    build_store(network, grey, tmp_path / "grey.zarr", preprocessing=SAME, n_steps=STEPS, device="cpu")
+    values = np.stack([array for _, array, _ in grey])[:, None]
+    x, black = ((torch.from_numpy(some) / 255 - 0.1307) / 0.3081 for some in (values, np.zeros_like(values)))
+    scores = network(x).detach()
+    sign = torch.ones(8) if n_outputs > 1 else scores[:, 0].sign()
+    target = scores.argmax(dim=1) if n_outputs > 1 else 0
+    expected = IntegratedGradients(network).attribute(x, black, target=target, n_steps=STEPS, method="riemann_right")
+    expected = (expected[:, 0] * sign[:, None, None]).detach().numpy()
+    ds = open_store(tmp_path / "grey.zarr")
+    np.testing.assert_allclose(ds.attribution.values, expected, atol=2e-3 * np.abs(expected).max())
+    assert verify_store(tmp_path / "grey.zarr") == []
+
+
+def test_a_network_of_one_channel_is_shown_masks(tmp_path):
+    grey = [(name, array[..., 0], index % 4) for index, (name, array, _) in enumerate(pictures())]
+    network = OneChannel().eval()
+    build_store(network, grey, tmp_path / "grey.zarr", preprocessing=SAME, n_steps=2, device="cpu")
+    found = evaluate(tmp_path / "grey.zarr", models=[network], p=0, keep="bottom", order="attribution", device="cpu")
+    assert (
+        found.predictions.prediction.values.ravel().tolist()
+        == open_store(tmp_path / "grey.zarr").prediction.values.tolist()
+    )
+    assert insertion_deletion(tmp_path / "grey.zarr", network, steps=2, device="cpu").sizes["image"] == 8
+
+
+class FourChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 2, SIZE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x).flatten(1)
+
+
+def test_other_channels_are_one_line(tmp_path):
+    with pytest.raises(ModelError, match=r"the network fails on an image of 3 x 9 x 9: .*4 channels") as caught:
+        build_store(FourChannels(), pictures(), tmp_path / "four.zarr", preprocessing=PREPROCESSING, device="cpu")
+    assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
 errors schema files progress cli commands completion parts
-freed_memory quadrature blocks masks memory modules convolutions activations fusion acceleration
+freed_memory quadrature blocks masks memory ambient modules choices convolutions activations fusion guard acceleration
 backward stem
 imagenet images normalisation weights baselines models attribution layout given_maps hdf5
 cache sources arrays zarr_form hdf5_form reader store

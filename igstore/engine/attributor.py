@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.engine.acceleration import accelerate
+from igstore.engine.ambient import fresh_torch
 from igstore.engine.baselines import baseline_pixels
+from igstore.engine.guard import is_out_of_memory
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import hoist_stem
 from igstore.engine.weights import first_line
@@ -193,7 +195,7 @@ class Attributor:
         except IgstoreError:
             raise
         except Exception as error:  # networks may raise anything
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"out of memory on {self.device} with batches of {self.batch_size}: give a smaller --batch-size, "
                     "or leave it out to have it fitted"
@@ -274,8 +276,3 @@ def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
     largest = _LARGEST_BATCH[probe.device.type]
     fitting = available_memory(probe.device) // 2 // gradient_bytes(network, probe)
     return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a class for CUDA's, and only a message for the CPU's
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

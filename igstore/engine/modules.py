@@ -1,16 +1,76 @@
-"""What the modules of a network are given when an image passes through, and other modules in their place."""
+"""What a network and its modules are given and give when an image passes through, and other modules in their place."""
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from igstore.errors import ModelError
 
 _Source = TypeVar("_Source", bound=nn.Module)
 _Reader = TypeVar("_Reader", bound=nn.Module)
+
+
+def scores_of(network: nn.Module, images: Tensor) -> Tensor:
+    """A classifier's outputs (image, class).
+
+    Raises
+    ------
+    ModelError
+        They are something else.
+    """
+    # the clone is what a network that begins with an in-place operation writes to, instead of its caller's tensor
+    result = network(images.clone())
+    if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != len(images):
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ModelError(
+            f"the network returned {got} for a batch of {len(images)} images; a classifier returns a tensor "
+            f"({len(images)}, number of classes): wrap it in a module that selects that tensor"
+        )
+    return result
+
+
+def copied(network: nn.Module, *, sharing_tensors: bool = False) -> nn.Module:
+    """A deep copy, with the same parameters and buffers themselves if they are to be shared.
+
+    What a forward pass has left in an attribute, as the older ways to re-parametrise and prune do with weights, is
+    copied without its history, which torch would refuse to copy.
+    """
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for left in tree_leaves(list(vars(module).values())):
+            if isinstance(left, Tensor) and not left.is_leaf:
+                memo[id(left)] = left.detach().clone()
+    if sharing_tensors:
+        memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, memo)
+
+
+def timm_layers(*names: str) -> list[type[Any]]:
+    """Classes of timm's by name; none where nobody has made a network of timm's."""
+    layers = sys.modules.get("timm.layers")
+    return [getattr(layers, name) for name in names if hasattr(layers, name)]
+
+
+def is_plain(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether a module does what one of `kinds` does, with a weight of its own, and no more.
+
+    A subclass may do more, and so may hooks, another `forward`, and what makes the weight anew each time.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if "forward" in vars(module) or any(vars(module).get(name) for name in hooks):
+        return False
+    forward = type(module).forward
+    return any(isinstance(module, kind) and forward is kind.forward for kind in kinds) and (
+        not hasattr(module, "weight") or "weight" in module._parameters
+    )
 
 
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -20,7 +20,7 @@ from igstore.engine.ambient import fresh_torch
 from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
-from igstore.errors import UserError
+from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
 from igstore.schema import Method, Output, Precision, Reduce, check_choice
 
@@ -114,7 +114,13 @@ def _gradient(
     for scale in _FLOAT16_SCALES if scaled else (1.0,):
         leaf = points.detach().requires_grad_()
         selected = select_output(scores_of(network, leaf), targets, output)
-        (gradient,) = torch.autograd.grad(selected.sum() * scale, leaf)
+        total = selected.sum() * scale
+        (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True) if total.requires_grad else (None,)
+        if gradient is None:
+            raise ModelError(
+                "the network's outputs have no gradient with respect to its input: its forward pass switches gradients "
+                "off, or is quantised"
+            )
         if not scaled or gradient.isfinite().all():
             break
     return gradient / scale if scaled else gradient, selected.detach()

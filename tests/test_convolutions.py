@@ -401,7 +401,7 @@ import torch
 from torch import nn
 from igstore.engine.acceleration import accelerate
 from igstore.engine import convolutions
-network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), torch.zeros(1, 16, 12, 12))
+network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten()), torch.zeros(1, 16, 12, 12))
 print(convolutions.available(), type(network[0]).__name__)
 """
     done = _in_another_process(code)

@@ -18,7 +18,7 @@ from igstore.engine.ambient import fresh_torch
 from igstore.engine.convolutions import use_convolutions, use_winograd
 from igstore.engine.fusion import fuse
 from igstore.engine.guard import Guard, pictures
-from igstore.engine.modules import copied, input_sizes, is_plain, readers, replace, timm_layers
+from igstore.engine.modules import copied, frozen, input_sizes, is_plain, readers, replace, timm_layers
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ def accelerate(network: nn.Module, probe: Tensor) -> nn.Module:
     """
     kinds = _levers(probe.device.type, autocast=torch.is_autocast_enabled(probe.device.type))
     with fresh_torch(probe.device):
-        plain = copied(network).to(probe.device).eval()
-        for parameter in plain.parameters():
-            parameter.requires_grad_(False)
+        plain = frozen(copied(network).to(probe.device))
         images = pictures(probe)
         guard = Guard(plain, images)
         if not guard.has_gradients:
@@ -78,7 +76,7 @@ def _levers(device: str, *, autocast: bool) -> dict[str, _Lever]:
     if device == "cpu" and not autocast:
         levers |= {
             "own convolutions": lambda network, images: use_convolutions(network, images[:1]),
-            "Winograd's algorithm forwards": lambda network, images: use_winograd(network, images[:1]),
+            "Winograd's algorithm forwards": lambda network, _: use_winograd(network),
             "fusion": fuse,
         }
     return levers | {"channels last": lambda network, _: put_channels_last(network)}

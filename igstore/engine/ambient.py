@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import torch
 # Where float32 may be rounded to fewer bits, by torch's names of the places. "ieee" is float32 itself.
 _CUDA = ("cuda.matmul", "cudnn.conv", "cudnn.rnn")
 _CPU = ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
-_INHERITED = "none"  # what a place holds that goes by a more general one
 
 
 @contextmanager
@@ -38,10 +38,7 @@ def fresh_torch(device: torch.device | str = "cpu", *, tf32: bool = False) -> It
         _put(stack, torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0)
         for name, value in {"deterministic": True, "benchmark": False}.items():
             _put_attribute(stack, torch.backends.cudnn, name, value)
-        # by their own switches alone: torch refuses to read the older ones of a process that has set these
-        for places, value in ((_CUDA, "tf32" if tf32 else "ieee"), (_CPU, "ieee")):
-            for place in places:
-                _put_precision(stack, place, value)
+        _put_float32(stack, tf32)
         yield
 
 
@@ -56,15 +53,24 @@ def _put_attribute(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     _put(stack, lambda: getattr(owner, name), lambda new: setattr(owner, name, new), value)
 
 
-def _put_precision(stack: ExitStack, place: str, value: str) -> None:
-    owner: Any = torch.backends
-    for part in place.split("."):
-        owner = getattr(owner, part)
+def _put_float32(stack: ExitStack, tf32: bool) -> None:
+    """Say how float32 is rounded, by torch's newer switches and by the older ones, which are to agree with them."""
+    owners = {place: operator.attrgetter(place)(torch.backends) for place in (*_CUDA, *_CPU)}
+    for owner in owners.values():
+        stack.callback(_write_precision, owner, owner.fp32_precision)
+    older: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high" if tf32 else "highest"),
+        (lambda: torch.backends.cudnn.allow_tf32, lambda new: setattr(torch.backends.cudnn, "allow_tf32", new), tf32),
+    ]
+    for read, write, value in older:
+        with suppress(RuntimeError):  # torch does not tell where a caller has set the newer ones alone
+            _put(stack, read, write, value)
+    for place, owner in owners.items():
+        _write_precision(owner, "tf32" if tf32 and place in _CUDA else "ieee")
 
-    def write(new: str) -> None:
-        # one that goes by a more general place reads as what that one holds; so it does again afterwards
-        owner.fp32_precision = _INHERITED
-        if owner.fp32_precision != new:
-            owner.fp32_precision = new
 
-    _put(stack, lambda: owner.fp32_precision, write, value)
+def _write_precision(owner: Any, value: str) -> None:
+    # one that goes by a more general switch reads as that one does, and is to go by it again
+    owner.fp32_precision = "none"
+    if owner.fp32_precision != value:
+        owner.fp32_precision = value

@@ -154,10 +154,11 @@ class Attributor:
     def measure_speed(self) -> float:
         """Gradient evaluations a second, from two batches on a grey image, the first of which only warms up."""
         height, width = self.spec.preprocessing.crop
-        grey = self._normalise(np.full((1, 3, height, width), 128, np.uint8))
+        pixels = np.full((1, 3, height, width), 128, np.uint8)
         for _ in range(2):
             started = time.monotonic()
-            with self._failures(), freed_memory_kept():
+            with fresh_torch(self.device), self._failures(), freed_memory_kept():
+                grey = self._normalise(pixels)
                 integrated_gradients(
                     self.network,
                     grey,
@@ -176,7 +177,7 @@ class Attributor:
     ) -> Arrays:
         while True:
             try:
-                with self._failures(), freed_memory_kept():
+                with fresh_torch(self.device), self._failures(), freed_memory_kept():
                     return self._attribute(pixels, labels, image_ids)
             except OutOfMemoryError:
                 if not self._may_shrink or self.batch_size == 1:

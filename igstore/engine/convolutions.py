@@ -84,14 +84,16 @@ class Convolution(nn.Module):
     convolution
         One that `fits`; its weights must not change afterwards. Transformed, they take up to four times their memory,
         once for the forward and once for the backward pass.
-    direct
-        As the attribute.
+    direct, before_choices
+        As the attributes.
 
     Attributes
     ----------
     direct
         Whether to compute the forward pass without Winograd's algorithm, so that what is equal stays equal. The backward
         pass is linear: there rounding decides nothing.
+    before_choices
+        Whether a network that calls it goes on to choose among numbers; see `igstore.engine.choices`.
     bounds
         (low, high) of the outputs, which may be infinite: (0, inf) is a ReLU.
     scale, shift
@@ -103,7 +105,7 @@ class Convolution(nn.Module):
     scale: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, convolution: nn.Conv2d, *, direct: bool = False) -> None:
+    def __init__(self, convolution: nn.Conv2d, *, direct: bool = False, before_choices: bool = False) -> None:
         super().__init__()
         self.weight = convolution.weight
         self.bias = convolution.bias
@@ -114,6 +116,7 @@ class Convolution(nn.Module):
         self.register_buffer("scale", None)
         self.register_buffer("shift", None)
         self.passes_on = False
+        self.before_choices = before_choices
         self._direct = direct
         self._filters: Tensor | None = None
         self._backward_filters: Tensor | None = None
@@ -341,8 +344,10 @@ def transformed(weight: Tensor) -> Tensor:
 
     The last group is filled up with zeros.
     """
-    y, x = map(_filter_transform, weight.shape[2:])
-    return _in_groups((y @ weight.detach().double() @ x.T).float()).transpose(1, 2).contiguous()
+    both = torch.kron(*map(_filter_transform, weight.shape[2:]))  # (product, tap)
+    by_tap = weight.detach().permute(2, 3, 1, 0).flatten(0, 1).flatten(1)  # (tap, in x out)
+    products = (both @ by_tap.double()).float().view(-1, *weight.shape[1::-1])
+    return _in_groups(products).transpose(1, 2).contiguous()
 
 
 def grouped(weight: Tensor) -> Tensor:
@@ -350,7 +355,8 @@ def grouped(weight: Tensor) -> Tensor:
 
     The last group is filled up with zeros.
     """
-    return _in_groups(weight.detach()).permute(2, 0, 1, 3).contiguous()
+    by_tap = weight.detach().permute(2, 3, 1, 0).flatten(0, 1)  # (tap, in, out)
+    return _in_groups(by_tap).permute(2, 0, 1, 3).contiguous()
 
 
 def _filters_shape(channels: int, out_channels: int, taps: Sequence[int], direct: bool) -> tuple[int, ...]:
@@ -362,11 +368,10 @@ def _filters_shape(channels: int, out_channels: int, taps: Sequence[int], direct
 
 
 def _in_groups(filters: Tensor) -> Tensor:
-    """(out, in, y, x) as (place, in, group, out of the group)."""
-    n_out, n_in = filters.shape[:2]
-    places = filters.permute(2, 3, 1, 0).reshape(-1, n_in, n_out)
-    groups = -(-n_out // _GROUP)
-    return functional.pad(places, (0, groups * _GROUP - n_out)).view(-1, n_in, groups, _GROUP)
+    """(place, in, out) as (place, in, group, out of the group)."""
+    n_out = filters.shape[2]
+    filled = functional.pad(filters, (0, -n_out % _GROUP))
+    return filled.view(*filters.shape[:2], -1, _GROUP)
 
 
 def fits(convolution: nn.Module, height: int, width: int) -> bool:
@@ -418,17 +423,14 @@ def use_convolutions(network: nn.Module, image: Tensor) -> None:
     if not available():
         return
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    before = called_before_choices(network, image, convolutions)
     for module, sizes in input_sizes(network, image, convolutions).items():
         if sizes and all(fits(module, *size) for size in sizes):
-            replace(network, module, Convolution(module, direct=True))
+            replace(network, module, Convolution(module, direct=True, before_choices=module in before))
 
 
-def use_winograd(network: nn.Module, image: Tensor) -> None:
-    """Let the `Convolution`s of `network` go by Winograd's algorithm forwards too, where nothing chooses afterwards.
-
-    `image` is (1, channel, y, x).
-    """
-    convolutions = [module for module in network.modules() if isinstance(module, Convolution)]
-    before = called_before_choices(network, image, convolutions)
-    for module in convolutions:
-        module.direct = module in before
+def use_winograd(network: nn.Module) -> None:
+    """Let the `Convolution`s of `network` go by Winograd's algorithm forwards too, where nothing chooses afterwards."""
+    for module in network.modules():
+        if isinstance(module, Convolution):
+            module.direct = module.before_choices

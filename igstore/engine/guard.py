@@ -22,7 +22,7 @@ _LEEWAY = 3.0
 # To see that, pictures are scaled by these: everything in the network is rounded anew, and what was equal stays equal.
 _SCALES = (1 + 2.0**-17, 1 - 2.0**-18)
 
-_LEAST_SPREAD = 0.1  # of a logit from picture to picture, as a share of the median of all, with which it counts in full
+_LEAST_SPREAD = 1e-4  # of a logit, from picture to picture, over its size: less may be rounding
 
 
 def pictures(probe: Tensor) -> Tensor:
@@ -76,11 +76,11 @@ class Guard:
         outputs, self._singly = _first_outputs(network, images)
         finite = outputs.isfinite().all(dim=0)
         spread = torch.where(finite, outputs.amax(dim=0) - outputs.amin(dim=0), 0.0)
-        self._compared = spread > 0  # (class,)
-        spread = spread[self._compared]
-        self._spread = spread.clamp(min=_LEAST_SPREAD * spread.median()) if len(spread) else spread
-        weights = torch.randn(len(spread), generator=torch.Generator().manual_seed(1))
-        self._weights = weights.to(spread) / self._spread
+        clear = spread > _LEAST_SPREAD * outputs.abs().amax(dim=0)
+        self._compared = clear if bool(clear.any()) else spread > 0  # (class,)
+        self._spread = spread[self._compared]
+        weights = torch.randn(len(self._spread), generator=torch.Generator().manual_seed(1))
+        self._weights = weights.to(self._spread) / self._spread
         try:
             self._expected = self._answers(network, images)
         except Exception as error:  # there are many ways to have no gradient

@@ -50,7 +50,15 @@ def copied(network: nn.Module, *, sharing_tensors: bool = False) -> nn.Module:
                 memo[id(left)] = left.detach().clone()
     if sharing_tensors:
         memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    return copy.deepcopy(network, memo)
+    with torch.no_grad():  # or the parameters of one compiled by TorchScript would be computed from the others
+        return copy.deepcopy(network, memo)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """`network` itself, in evaluation mode and without gradients to its parameters."""
+    for parameter in network.eval().parameters():  # compiled by TorchScript, it has no `requires_grad_`
+        parameter.requires_grad_(False)
+    return network
 
 
 def timm_layers(*names: str) -> list[type[Any]]:
@@ -67,10 +75,14 @@ def is_plain(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if "forward" in vars(module) or any(vars(module).get(name) for name in hooks):
         return False
-    forward = type(module).forward
-    return any(isinstance(module, kind) and forward is kind.forward for kind in kinds) and (
-        not hasattr(module, "weight") or "weight" in module._parameters
-    )
+    # nothing is read from the module itself: a graph that is being traced would have it
+    own_weight = "weight" not in vars(module) and not hasattr(type(module), "weight")
+    return own_weight and any(isinstance(module, kind) and _way(type(module)) == _way(kind) for kind in kinds)
+
+
+def _way(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """What a kind of module does; `torch.nn.Conv2d` leaves a part of it to another method."""
+    return kind.forward, getattr(kind, "_conv_forward", None)
 
 
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -218,6 +218,8 @@ def integrated_gradients(
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
+        # what was made in inference mode can have no gradient
+        inputs, baselines = (one.clone() if one.is_inference() else one for one in (inputs, baselines))
         f_x = torch.full(targets.shape, torch.nan, dtype=torch.float64, device=inputs.device)
         f_b = select_output(_baseline_logits(network, baselines, batch_size), targets, output).double()
         with _full_precision(inputs.device), torch.no_grad():

@@ -272,6 +272,21 @@ def test_gradients_are_compared_where_outputs_are_the_same():
     assert "it would change gradients by 1.0e-01" in str(guard.objection(wrong))
 
 
+@needs_kernel
+def test_gradients_that_are_no_numbers_on_even_pictures_are_not_compared():
+    """The square root of a spread of 0 has none."""
+
+    class Normalised(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            spread = x.var(dim=(2, 3), keepdim=True).sqrt()
+            return super().forward((x - x.mean(dim=(2, 3), keepdim=True)) / (spread + 1e-3))
+
+    network = Normalised(lambda network, x: functional.relu(network.second(x)))
+    fast = accelerate(network, torch.zeros(1, 3, SIDE, SIDE))
+    assert any(isinstance(module, Convolution) for module in fast.modules())
+    assert_same_answers(fast, network, images(2))
+
+
 def test_a_network_without_gradients_is_left_alone(caplog):
     class Off(Network):
         @torch.no_grad()

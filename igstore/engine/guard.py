@@ -91,8 +91,9 @@ class Guard:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the network's outputs have gradients at its images."""
-        return self._expected.gradients is not None
+        """Whether the network's outputs have gradients, that are numbers, at one of its images."""
+        gradients = self._expected.gradients
+        return gradients is not None and bool(gradients.flatten(1).isfinite().all(dim=1).any())
 
     def objection(self, changed: nn.Module) -> str | None:
         """What is wrong with the answers of `changed`, in words, where that is more than rounding; else None."""
@@ -121,7 +122,8 @@ class Guard:
             return outputs, torch.full_like(outputs, 0.0 if same else math.inf)
         apart = (found.gradients - self._expected.gradients).flatten(1).norm(dim=1)
         length = self._expected.gradients.flatten(1).norm(dim=1)
-        return outputs, torch.where(apart == 0, apart, apart / length)
+        # where the network's own is not a number, as where something even is divided by its spread, there is nothing to say
+        return outputs, torch.where((apart == 0) | ~length.isfinite(), 0.0, apart / length)
 
     def _answers(self, network: nn.Module, images: Tensor) -> Answers:
         parts = [self._answer(network, part) for part in images.split(1 if self._singly else len(images))]

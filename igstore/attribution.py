@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from igstore.engine.ambient import fresh_torch
 from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.lines.integral import OnLines
+from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
@@ -68,19 +70,13 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Fix the arithmetic of everything inside: tf32 allowed or not, float16 autocast or not, deterministic cuDNN.
+    """Fix the arithmetic of everything inside, whatever the caller has set in torch, which is restored afterwards.
 
-    cuDNN uses tf32 for float32 convolutions unless told otherwise, so "float32" has to be said.
+    It is as `igstore.engine.ambient.fresh_torch` says, with tf32 or float16 autocast where that is the precision.
     """
     check_precision(precision, device)
-    tf32 = precision == "tf32"
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
     with ExitStack() as stack:
-        stack.callback(setattr, matmul, "allow_tf32", before)
-        matmul.allow_tf32 = tf32
-        cudnn = torch.backends.cudnn
-        stack.enter_context(cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32))
+        stack.enter_context(fresh_torch(device, tf32=precision == "tf32"))
         if precision == "float16":
             stack.enter_context(torch.autocast(device.type, dtype=torch.float16))
         yield
@@ -95,19 +91,7 @@ def logits(network: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
         The network does not return one row of class scores per image.
     """
     with torch.no_grad():
-        return torch.cat([_forward(network, inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size)])
-
-
-def _forward(network: nn.Module, inputs: Tensor) -> Tensor:
-    # the clone is what a network that begins with an in-place operation writes to, instead of its caller's tensor
-    result = network(inputs.clone())
-    if not isinstance(result, Tensor) or result.ndim != 2 or len(result) != len(inputs):
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ModelError(
-            f"the network returned {got} for a batch of {len(inputs)} images; a classifier returns a tensor "
-            f"({len(inputs)}, number of classes): wrap it in a module that selects that tensor"
-        )
-    return result
+        return torch.cat([scores_of(network, inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size)])
 
 
 def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
@@ -135,8 +119,15 @@ def _gradient(
     """d output / d points, in the points' dtype, (pair, channel, y, x), and the output, (pair,)."""
     for scale in _FLOAT16_SCALES if scaled else (1.0,):
         leaf = points.detach().requires_grad_()
-        selected = select_output(_forward(network, leaf), targets, output)
-        (gradient,) = torch.autograd.grad(selected.sum() * scale, leaf)
+        selected = select_output(scores_of(network, leaf), targets, output)
+        total = selected.sum() * scale
+        found = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+        if found is None:
+            raise ModelError(
+                "the network's outputs have no gradient with respect to its input: its forward pass switches gradients "
+                "off, or is quantised"
+            )
+        gradient: Tensor = found
         if not scaled or gradient.isfinite().all():
             break
     return gradient / scale if scaled else gradient, selected.detach()
@@ -239,6 +230,8 @@ def integrated_gradients(
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
+        # what was made in inference mode can have no gradient
+        inputs, baselines = (one.clone() if one.is_inference() else one for one in (inputs, baselines))
         f_x = torch.full(targets.shape, torch.nan, dtype=torch.float64, device=inputs.device)
         f_b = select_output(_baseline_logits(network, baselines, batch_size), targets, output).double()
         with _full_precision(inputs.device), torch.no_grad():

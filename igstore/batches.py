@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from igstore.engine.ambient import fresh_torch
 from igstore.errors import UserError
 from igstore.freed_memory import freed_memory_kept
 from igstore.masking import Images, MaskedImages, MaskOptions
@@ -166,11 +167,13 @@ class MaskedBatch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @fresh_torch()
     def unmasked(self, network: Preprocessing | None = None) -> Tensor:
         """float32 (image, 3, y, x): the network's input, nothing hidden."""
         network = self._known(network)
         return self._normalise(("pixels", network.crop), network)
 
+    @fresh_torch()
     def masked(self, cell: MaskOptions, network: Preprocessing | None = None) -> Tensor:
         """float32 (image, 3, y, x): the network's input, what the mask hides being filled.
 
@@ -185,6 +188,7 @@ class MaskedBatch:
         fill = self._normalise(("fill", cell.fill, cell.seed, network.crop), network)
         return torch.where(mask[:, None], self.unmasked(network), fill)
 
+    @fresh_torch()
     def visible(self, cell: MaskOptions, network: Preprocessing | None = None) -> Tensor:
         """float64 (image,), 0 to 1: the share of the network's input pixels that the mask leaves visible, exact."""
         blocks = self._visible_blocks(cell)

@@ -10,7 +10,6 @@ igstore loads what a store names.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import importlib
@@ -32,6 +31,8 @@ import torch
 import torchvision.models
 from torch import nn
 
+from igstore.engine.ambient import fresh_torch
+from igstore.engine.modules import copied, frozen
 from igstore.engine.weights import first_line, load_weights, state_sha256, torch_checkpoint
 from igstore.errors import ModelError, SettingsMismatchError, UserError, WeightsNotFoundError
 from igstore.normalisation import normalise
@@ -68,6 +69,7 @@ class Classifier:
     weights_sha256: str
 
 
+@fresh_torch()
 def load_classifier(
     name: str,
     weights: str | os.PathLike[str] | torchvision.models.WeightsEnum | None = None,
@@ -191,6 +193,7 @@ def fitted(classifier: Classifier, spec: BuildSpec) -> Classifier:
     return dataclasses.replace(classifier, preprocessing=spec.preprocessing) if is_own else classifier
 
 
+@fresh_torch()
 def classifier_from_module(
     network: nn.Module, *, preprocessing: Preprocessing, name: str | None = None, weights: str | None = None
 ) -> Classifier:
@@ -222,9 +225,14 @@ def classifier_from_module(
         raise UserError(f"the network is a {type(network).__name__}; it must be a torch.nn.Module")
     check_preprocessing(preprocessing)
     kind = type(network)
-    return _classifier(
-        name or f"{kind.__module__}.{kind.__qualname__}", copy.deepcopy(network), preprocessing, weights or _OWN
-    )
+    try:
+        own = copied(network)
+    except Exception as error:  # networks may hold anything, such as a lock
+        raise UserError(
+            f"the network cannot be copied ({type(error).__name__}: {first_line(error)}); it must be one that "
+            "copy.deepcopy copies"
+        ) from error
+    return _classifier(name or f"{kind.__module__}.{kind.__qualname__}", own, preprocessing, weights or _OWN)
 
 
 def check_preprocessing(preprocessing: Any) -> None:
@@ -460,7 +468,7 @@ def _function(name: str, weights: str | None) -> Classifier | None:
 def _classifier(
     name: str, network: nn.Module, preprocessing: Preprocessing, weights: str, sha256: str | None = None
 ) -> Classifier:
-    network = network.cpu().float().eval().requires_grad_(False)
+    network = frozen(network.cpu().float())
     return Classifier(name, network, preprocessing, weights, sha256 or state_sha256(network))
 
 

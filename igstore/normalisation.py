@@ -33,7 +33,7 @@ def normalisation_table(preprocessing: Preprocessing) -> Tensor:
 
     Other devices round the division in ways of their own; looking values up gives the CPU's bits on all of them.
     """
-    return normalise(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), preprocessing).view(3, 256)
+    return normalise(torch.arange(256, dtype=torch.uint8, device="cpu").expand(3, 1, 256), preprocessing).view(3, 256)
 
 
 def look_up(pixels: Tensor, table: Tensor) -> Tensor:

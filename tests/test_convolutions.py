@@ -60,6 +60,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize(
     ("count", "channels", "out_channels", "size", "taps", "padding"),
     [
@@ -86,12 +87,12 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
         (1, 2560, 2048, (7, 7), (1, 1), (0, 0)),  # filters beyond the shared cache
     ],
 )
-def test_outputs_and_gradients_are_those_of_a_direct_convolution(count, channels, out_channels, size, taps, padding):
-    direct = convolution(channels, out_channels, padding, taps=taps)
+def test_outputs_and_gradients_are_those_of_torch(count, channels, out_channels, size, taps, padding, direct):
+    of_torch = convolution(channels, out_channels, padding, taps=taps)
     x = torch.randn(count, channels, *size, requires_grad=True)
     exact = x.detach().double().requires_grad_()
-    outputs = Convolution(direct)(x)
-    expected = nn.functional.conv2d(exact, direct.weight.double(), direct.bias.double(), padding=padding)
+    outputs = Convolution(of_torch, direct=direct)(x)
+    expected = nn.functional.conv2d(exact, of_torch.weight.double(), of_torch.bias.double(), padding=padding)
     assert_close(outputs.detach(), expected.detach())
     gradient = torch.randn(expected.shape)
     (found,) = torch.autograd.grad(outputs, x, gradient)
@@ -107,19 +108,20 @@ SURROUNDINGS = [(-math.inf, math.inf), (0.0, math.inf), (-0.25, 0.5)]
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("bounds", SURROUNDINGS)
 @pytest.mark.parametrize(
-    ("taps", "stride", "size", "scales"),
+    ("taps", "stride", "size", "scales", "directly"),
     [
-        (1, 1, (9, 15), False),
-        (1, 1, (9, 15), True),
-        (1, 2, (9, 14), False),
-        (1, (3, 1), (9, 14), False),
-        (3, 1, (9, 14), False),
+        (1, 1, (9, 15), False, False),
+        (1, 1, (9, 15), True, False),
+        (1, 2, (9, 14), False, False),
+        (1, (3, 1), (9, 14), False, False),
+        (3, 1, (9, 14), False, False),
+        (3, 1, (9, 14), False, True),
     ],
 )
-def test_what_surrounds_a_convolution(taps, stride, size, scales, bounds, adds, passes_on):
+def test_what_surrounds_a_convolution(taps, stride, size, scales, directly, bounds, adds, passes_on):
     torch.manual_seed(1)
     direct = nn.Conv2d(48, 80, taps, stride=stride, padding=taps // 2).requires_grad_(False)
-    module = Convolution(direct)
+    module = Convolution(direct, direct=directly)
     module.bounds, module.passes_on = bounds, passes_on
     x = torch.randn(3, 48, *size, requires_grad=True)
     exact = read = x.detach().double().requires_grad_()
@@ -204,8 +206,9 @@ def test_a_filter_of_one_tap_moves_the_image():
 
 
 @needs_kernel
-def test_same_bits_whatever_the_threads_and_the_company():
-    module = Convolution(convolution(64, 96))
+@pytest.mark.parametrize("direct", [False, True])
+def test_same_bits_whatever_the_threads_and_the_company(direct):
+    module = Convolution(convolution(64, 96), direct=direct)
     x = torch.randn(5, 64, 17, 23)
     threads = torch.get_num_threads()
     found = []
@@ -220,15 +223,70 @@ def test_same_bits_whatever_the_threads_and_the_company():
 
 
 @needs_kernel
-def test_nothing_of_it_is_left_over():
+@pytest.mark.parametrize("direct", [False, True])
+def test_nothing_of_it_is_left_over(direct):
     """A channel, image or tile that is not written would hold what was in memory before: fill it with NaN first."""
-    module = Convolution(convolution(16, 48))
+    module = Convolution(convolution(16, 48), direct=direct)
     for size in (5, 6, 7, 8):
         x = torch.randn(3, 16, size, size)
         for _ in range(3):
             junk = torch.full((3, 48, size, size), torch.nan)
             del junk
             assert bool(module(x).isfinite().all())
+
+
+def even_pictures(size: tuple[int, int], channels: int) -> dict[str, torch.Tensor]:
+    """Pictures in which many places look the same, float32 (channel, y, x), every channel with values of its own."""
+    values = torch.rand(6, channels, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain = values[0].expand(channels, *size)
+    y, x = (torch.arange(side) for side in size)
+    half = torch.where(y[:, None] < size[0] // 2, plain, torch.randn(channels, *size))
+    patch = plain.clone()
+    patch[:, size[0] // 3 : size[0] // 2, size[1] // 4 : -3] = values[1]
+    return {
+        "plain": plain,
+        "half": half,
+        "patch": patch,
+        "stripes": values[x % 6, :, 0, 0].T[:, None].expand(channels, *size),
+        "zero": torch.zeros(channels, *size),
+    }
+
+
+@needs_kernel
+@pytest.mark.parametrize("picture", even_pictures((8, 8), 1))
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "size", "taps", "padding"),
+    [
+        (16, 32, (23, 31), (3, 3), (1, 1)),
+        (64, 48, (56, 60), (3, 3), (0, 0)),
+        (48, 64, (35, 35), (5, 5), (2, 2)),
+        (32, 32, (17, 17), (1, 7), (0, 3)),
+        (32, 32, (17, 17), (7, 1), (3, 0)),
+        (16, 16, (75, 9), (3, 1), (1, 0)),
+        (16, 16, (9, 113), (1, 3), (0, 1)),
+        (256, 64, (14, 14), (1, 1), (0, 0)),
+    ],
+)
+def test_what_is_equal_stays_equal(channels, out_channels, size, taps, padding, picture):
+    """Of places whose surroundings are the same, to the last bit: max pooling sees any difference."""
+    of_torch = convolution(channels, out_channels, padding, taps=taps)
+    x = even_pictures(size, channels)[picture][None]
+    found = Convolution(of_torch, direct=True)(x)[0].flatten(1)
+    surroundings = nn.functional.unfold(nn.functional.pad(x, (*padding[1:] * 2, *padding[:1] * 2)), taps)[0]
+    kinds, kind = torch.unique(surroundings, dim=1, return_inverse=True)
+    assert kinds.shape[1] < surroundings.shape[1] / 1.3  # there are many such places
+    first = torch.zeros(kinds.shape[1], dtype=torch.int64).scatter_(0, kind.flip(0), torch.arange(len(kind)).flip(0))
+    assert torch.equal(found, found[:, first[kind]])
+
+
+@needs_kernel
+def test_filters_of_another_form_are_refused():
+    module = Convolution(convolution(16, 32))
+    filters = module.filters()
+    module.direct = True
+    assert module.filters().shape != filters.shape
+    with pytest.raises(ModelError, match="expected filters of shape"):
+        torch.ops.igstore.convolve(torch.zeros(1, 16, 8, 8), filters, 32, [3, 3], [1, 1], direct=True)
 
 
 @needs_kernel
@@ -259,6 +317,10 @@ def test_benchmark_counts_what_is_multiplied():
     # a direct convolution has four times as many, as the tiles are full
     direct, _ = count_work(convolution(16, 32, bias=False), (16, 8, 12), batch_size=1, item_bytes=4)
     assert direct == 4 * flops
+    flops, _ = count_work(
+        Convolution(convolution(16, 32, bias=False), direct=True), (16, 8, 12), batch_size=1, item_bytes=4
+    )
+    assert flops == 2 * products + direct / 2
     row = Convolution(convolution(16, 32, (0, 3), taps=(1, 7)))
     flops, _ = count_work(row, (16, 8, 12), batch_size=1, item_bytes=4)
     assert flops == 2 * 2 * 10 * 8 * 3 * 16 * 32  # ten products of each of 8 by 3 tiles
@@ -401,7 +463,7 @@ import torch
 from torch import nn
 from igstore.engine.acceleration import accelerate
 from igstore.engine import convolutions
-network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), torch.zeros(1, 16, 12, 12))
+network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten()), torch.zeros(1, 16, 12, 12))
 print(convolutions.available(), type(network[0]).__name__)
 """
     done = _in_another_process(code)
@@ -428,7 +490,7 @@ def test_instructions_of_other_processors(tmp_path):
     command += ["-I", sysconfig.get_paths()["include"], str(SOURCE), "-o", str(built)]
     subprocess.run(command, check=True, timeout=120)
     code = """
-import importlib.machinery, importlib.util, sys
+import importlib.machinery, importlib.util, itertools, sys
 import torch
 from torch import nn
 loader = importlib.machinery.ExtensionFileLoader("igstore.engine._convolutions", sys.argv[1])
@@ -442,11 +504,11 @@ assert convolutions._GROUP == 16, convolutions._GROUP
 torch.manual_seed(0)
 cases = ((16, 48, 9, 3, 1), (128, 64, 28, 3, 1), (512, 256, 7, 3, 1), (32, 16, 17, (1, 7), (0, 3)), (16, 32, 12, 5, 2),
          (48, 80, 15, 1, 0))
-for channels, out_channels, size, taps, padding in cases:
+for (channels, out_channels, size, taps, padding), directly in itertools.product(cases, (False, True)):
     direct = nn.Conv2d(channels, out_channels, taps, padding=padding).requires_grad_(False)
     x = torch.randn(2, channels, size, size)
     expected = nn.functional.conv2d(x.double(), direct.weight.double(), direct.bias.double(), padding=padding)
-    module = convolutions.Convolution(direct)
+    module = convolutions.Convolution(direct, direct=directly)
     addend = torch.randn(expected.shape)
     module.bounds = (0.0, 2.0)
     x.requires_grad_()
@@ -463,5 +525,5 @@ for channels, out_channels, size, taps, padding in cases:
     done = _in_another_process(code, built)
     assert done.returncode == 0, done.stderr
     differences = [float(line) for line in done.stdout.split()]
-    assert len(differences) == 12
+    assert len(differences) == 24
     assert max(differences) < TOLERANCE

@@ -1,5 +1,8 @@
-// Convolutions on CPUs, with what surrounds them; igstore/engine/convolutions.py says what for. Those with more taps than
-// one go by Winograd's algorithm, F(4x4, 3x3) and its like; those with one are matrix products.
+// Convolutions on CPUs, with what surrounds them; igstore/engine/convolutions.py says what for. Those with one tap are
+// matrix products. Those with more go directly, or by Winograd's algorithm, F(4x4, 3x3) and its like.
+//
+// Directly, every output is the same sum in the same order wherever it lies in an image: what is equal stays equal.
+// Winograd's algorithm rounds each place in a tile in its own way.
 //
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015: a tile of 4x4 outputs is
 //     A^T [ (G g G^T) * (B^T d B) ] A
@@ -37,6 +40,7 @@ constexpr Size SHARED_CACHE = 16 << 20;    // bytes of filters that stay in the 
 constexpr Size FEWEST_TILES = 14;          // below this, reading filters takes longer than multiplying by them
 constexpr Size MOST_PIXELS = 224;          // the same of filters with one tap,
 constexpr Size PIXELS_TOGETHER = 28;       // of which so many are multiplied while the next ones are fetched
+constexpr Size DIRECT_OUTPUTS = 56;        // of a tile of a direct convolution, at most
 constexpr Size LINE = 16;                  // floats of a cache line
 constexpr Size MOST_TILES = 256;           // for filters that are read from memory for each block of tiles
 constexpr Size FEWEST_CHANNELS = 64;       // below this, transforming inputs does
@@ -45,7 +49,9 @@ constexpr Size APART = 16;                 // floats between planes: a power of 
 // All arrays are contiguous float32.
 struct Convolution {
     const float *inputs;   // (image, y, x, channel)
-    const float *filters;  // (product, group of output channels, channel, output channel of the group)
+    // By Winograd's algorithm (product, group of output channels, channel, output channel of the group), directly
+    // (group of output channels, tap, channel, output channel of the group); with one tap these are the same.
+    const float *filters;
     float *outputs;        // (image, y, x, output channel)
 
     // What is done to inputs as they are read. All of this may be null.
@@ -62,6 +68,7 @@ struct Convolution {
 
     Size height, width, channels, out_height, out_width, out_channels;
     Size taps_y, taps_x, padding_y, padding_x;
+    bool direct;
     Size tile_y, tile_x;           // outputs of a tile
     Size tiles_y, tiles_x, tiles;  // tiles: of all images
     Size products;                 // matrix products
@@ -305,7 +312,7 @@ struct ToOutputs {
     }
 };
 
-// Matrices of a product: (row, inner) times (inner, 2 LANES).
+// Matrices of a product: (row, inner) times (inner, 2 LANES); or of a sum of products, one for each tap of a filter.
 struct Factors {
     const float *a;
     Size stride;  // of the rows of a
@@ -313,31 +320,37 @@ struct Factors {
     Size inner;
     const float *next[2];  // what to fetch meanwhile: so many cache lines of the first, and of the second, if any
     Size lines;
+    Size taps_y = 1, taps_x = 1;  // of which b has the factors one after the other
+    Size tap_y = 0, tap_x = 0;    // from the a of a tap to that of the next one along an axis
 };
 
 // ROWS rows of a product, and VECTORS vectors of its columns. All of it but the inputs is in registers.
 template <int LANES, int VECTORS, int ROWS, typename To>
 INLINE void multiply_rows(const Factors &factors, Size first_row, const To &to) {
     using V = typename Vector<LANES>::Type;
-    const float *a = factors.a + first_row * factors.stride, *b = factors.b;
+    const float *first = factors.a + first_row * factors.stride, *b = factors.b;
     V sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) sums[row][v] = to.template start<LANES>(first_row + row, v * LANES);
-    for (Size k = 0; k < factors.inner; k++) {
-        if (k < factors.lines) {
-            __builtin_prefetch(factors.next[0] + LINE * k, 0, 2);
-            if (factors.next[1]) __builtin_prefetch(factors.next[1] + LINE * k, 0, 2);
-        }
-        V from[VECTORS];
+    for (Size y = 0; y < factors.taps_y; y++)
+        for (Size x = 0; x < factors.taps_x; x++) {
+            const float *a = first + y * factors.tap_y + x * factors.tap_x;
+            for (Size k = 0; k < factors.inner; k++, b += 2 * LANES) {
+                if (k < factors.lines) {
+                    __builtin_prefetch(factors.next[0] + LINE * k, 0, 2);
+                    if (factors.next[1]) __builtin_prefetch(factors.next[1] + LINE * k, 0, 2);
+                }
+                V from[VECTORS];
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) from[v] = load<LANES>(b + (2 * k + v) * LANES);
+                for (int v = 0; v < VECTORS; v++) from[v] = load<LANES>(b + v * LANES);
 #pragma GCC unroll 16
-        for (int row = 0; row < ROWS; row++)
+                for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) sums[row][v] += a[row * factors.stride + k] * from[v];
-    }
+                    for (int v = 0; v < VECTORS; v++) sums[row][v] += a[row * factors.stride + k] * from[v];
+            }
+        }
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 2
@@ -466,9 +479,45 @@ INLINE void convolve_pixels(const Convolution &c, Range pixels, Range to_channel
     }
 }
 
+// The same of filters with more taps, each output a sum over taps and channels. Inputs are copied, with the zeros around
+// them, so that the pixels of a tap are rows of a matrix that lie apart by the same distance everywhere.
+template <int LANES, int MOST_ROWS>
+INLINE void convolve_directly(const Convolution &c, Range tiles, Range to_channels, Scratch &scratch) {
+    using V = typename Vector<LANES>::Type;
+    constexpr Size GROUP = 2 * LANES;
+    const Size pixel = c.channels + APART, row = (c.tile_x + c.taps_x - 1) * pixel, taps = c.taps_y * c.taps_x;
+    float *copy = scratch.of((c.tile_y + c.taps_y - 1) * row);
+    for (Size tile = tiles.first; tile < tiles.last; tile++) {
+        const Place place = place_of(c, tile);
+        const Size rows = std::min(c.tile_y, c.out_height - place.y), columns = std::min(c.tile_x, c.out_width - place.x);
+        for (Size i = 0; i < rows + c.taps_y - 1; i++)
+            for (Size j = 0; j < columns + c.taps_x - 1; j++) {
+                const Size y = place.y + i - c.padding_y, x = place.x + j - c.padding_x;
+                float *to = copy + i * row + j * pixel;
+                if (y >= 0 && y < c.height && x >= 0 && x < c.width) {
+                    const float *from = c.inputs + ((place.image * c.height + y) * c.width + x) * c.channels;
+                    for (Size channel = 0; channel < c.channels; channel += LANES)
+                        *(V *)(to + channel) = load<LANES>(from + channel);
+                } else {
+                    std::fill(to, to + c.channels, 0.0f);
+                }
+            }
+        for (Size channel = to_channels.first; channel < to_channels.last; channel += GROUP)
+            for (Size i = 0; i < rows; i++) {
+                const Factors factors{copy + i * row, pixel,    c.filters + channel * taps * c.channels,
+                                      c.channels,     {},       0,
+                                      c.taps_y,       c.taps_x, row,
+                                      pixel};
+                const Size first = (place.image * c.out_height + place.y + i) * c.out_width + place.x;
+                multiply<LANES, MOST_ROWS>(columns, to_channels.last - channel, factors, ToOutputs{c, first, channel});
+            }
+    }
+}
+
 // By the taps of the filters; others there are none.
 template <int LANES, int MOST_ROWS>
 INLINE void convolve_some(const Convolution &c, Range tiles, Range channels, Scratch &scratch) {
+    if (c.direct) return convolve_directly<LANES, MOST_ROWS>(c, tiles, channels, scratch);
     switch (10 * c.taps_y + c.taps_x) {
         case 11: return convolve_pixels<LANES, MOST_ROWS>(c, tiles, channels, scratch);
         case 33: return convolve_tiles<LANES, MOST_ROWS, Axis<2>, Axis<2>>(c, tiles, channels, scratch);
@@ -515,14 +564,34 @@ Processor processor() { return {8, convolve_neon}; }
 Processor processor() { return {0, nullptr}; }
 #endif
 
+Size share(Size size, Size most) {  // of equal parts, none larger than `most`
+    const Size parts = (size + most - 1) / most;
+    return (size + parts - 1) / parts;
+}
+
+void lay_tiles(Convolution &c, Size images) {
+    if (c.direct) {
+        c.tile_x = share(c.out_width, DIRECT_OUTPUTS);
+        c.tile_y = share(c.out_height, std::max<Size>(1, DIRECT_OUTPUTS / c.tile_x));
+        c.products = c.taps_y * c.taps_x;
+    } else {
+        c.tile_y = c.taps_y > 1 ? TILE : 1;
+        c.tile_x = c.taps_x > 1 ? TILE : 1;
+        c.products = (c.tile_y + c.taps_y - 1) * (c.tile_x + c.taps_x - 1);
+    }
+    c.tiles_y = (c.out_height + c.tile_y - 1) / c.tile_y;
+    c.tiles_x = (c.out_width + c.tile_x - 1) / c.tile_x;
+    c.tiles = images * c.tiles_y * c.tiles_x;
+}
+
 // Blocks are small, so that what lies between the stages fits a thread's own cache, but where filters come from memory;
 // and as many as busy all threads: where tiles are few, threads share them and divide the output channels.
 void divide(Convolution &c, Size group, Size threads) {
     const Size bytes = sizeof(float) * c.products * c.channels * c.out_channels;
-    const Size few = c.products > 1 ? FEWEST_TILES : MOST_PIXELS;
-    const Size fitting = bytes <= SHARED_CACHE ? few : MOST_TILES;
+    const Size few = c.direct ? 1 : c.products > 1 ? FEWEST_TILES : MOST_PIXELS;
+    const Size fitting = c.direct || bytes <= SHARED_CACHE ? few : MOST_TILES;
     Size blocks = round_up((c.tiles + fitting - 1) / fitting, threads);
-    blocks = std::max<Size>(1, std::min(blocks, c.tiles / FEWEST_TILES));
+    blocks = std::max<Size>(1, std::min(blocks, c.tiles / (c.direct ? 1 : FEWEST_TILES)));
     c.per_block = (c.tiles + blocks - 1) / blocks;
     Size parts = 1;
     while (blocks * parts < threads && c.out_channels / (2 * parts) >= FEWEST_CHANNELS) parts *= 2;
@@ -532,17 +601,19 @@ void divide(Convolution &c, Size group, Size threads) {
 const char CONVOLVE_DOC[] =
     "convolve(inputs, filters, outputs, gate, gated, scale, shift, rectified, bias, addend,\n"
     "         images, height, width, channels, out_channels, taps_y, taps_x, padding_y, padding_x, threads,\n"
-    "         gate_low, gate_high, low, high)\n\n"
-    "Addresses of the arrays (from gate on they may be 0), sizes, then bounds. Nothing is checked.";
+    "         direct, gate_low, gate_high, low, high)\n\n"
+    "Addresses of the arrays (from gate on they may be 0), sizes, whether to go without Winograd's algorithm (and without\n"
+    "a gate, if there are more taps than one), then bounds. Nothing is checked.";
 
 PyObject *convolve(PyObject *, PyObject *args) {
     unsigned long long inputs, filters, outputs, gate, gated, scale, shift, rectified, bias, addend;
     Py_ssize_t images, threads;
+    int direct;
     Convolution c{};
-    if (!PyArg_ParseTuple(args, "KKKKKKKKKKnnnnnnnnnnffff", &inputs, &filters, &outputs, &gate, &gated, &scale, &shift,
+    if (!PyArg_ParseTuple(args, "KKKKKKKKKKnnnnnnnnnnpffff", &inputs, &filters, &outputs, &gate, &gated, &scale, &shift,
                           &rectified, &bias, &addend, &images, &c.height, &c.width, &c.channels, &c.out_channels,
-                          &c.taps_y, &c.taps_x, &c.padding_y, &c.padding_x, &threads, &c.gate_low, &c.gate_high, &c.low,
-                          &c.high))
+                          &c.taps_y, &c.taps_x, &c.padding_y, &c.padding_x, &threads, &direct, &c.gate_low, &c.gate_high,
+                          &c.low, &c.high))
         return nullptr;
     if (!has_taps(c.taps_y, c.taps_x)) {
         PyErr_SetString(PyExc_ValueError, "filters have 1x1, 3x3, 1x3, 3x1, 5x5, 1x7 or 7x1 taps");
@@ -565,12 +636,8 @@ PyObject *convolve(PyObject *, PyObject *args) {
     c.addend = reinterpret_cast<const float *>(addend);
     c.out_height = c.height + 2 * c.padding_y - c.taps_y + 1;
     c.out_width = c.width + 2 * c.padding_x - c.taps_x + 1;
-    c.tile_y = c.taps_y > 1 ? TILE : 1;
-    c.tile_x = c.taps_x > 1 ? TILE : 1;
-    c.tiles_y = (c.out_height + c.tile_y - 1) / c.tile_y;
-    c.tiles_x = (c.out_width + c.tile_x - 1) / c.tile_x;
-    c.products = (c.tile_y + c.taps_y - 1) * (c.tile_x + c.taps_x - 1);
-    c.tiles = images * c.tiles_y * c.tiles_x;
+    c.direct = direct && c.taps_y * c.taps_x > 1;
+    lay_tiles(c, images);
     divide(c, with.group, threads);
     const Size blocks = (c.tiles + c.per_block - 1) / c.per_block;
     const Size parts = (c.out_channels + c.per_part - 1) / c.per_part;

@@ -21,6 +21,7 @@ def convolve(
     padding_y: int,
     padding_x: int,
     threads: int,
+    direct: bool,
     gate_low: float,
     gate_high: float,
     low: float,

@@ -1,27 +1,30 @@
-"""A copy of a network that gives the same outputs faster: frozen, folded, channels last, with faster convolutions."""
+"""A copy of a network that gives the same outputs faster: frozen, folded, channels last, with faster convolutions.
+
+Each of these is a *lever*: a function that changes a copy of a network in place or returns another one. The guard
+(`igstore.engine.guard`) compares answers and gradients. Where all levers together change them, each is tried after the
+ones that passed, and those that change an answer are left out.
+"""
 
 from __future__ import annotations
 
-import copy
 import logging
-import sys
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from igstore.engine.activations import after, keep_results, simplify_batch_norm
-from igstore.engine.convolutions import use_convolutions
+from igstore.engine.activations import after, is_fixed, keep_results, simplify_batch_norm
+from igstore.engine.ambient import fresh_torch
+from igstore.engine.convolutions import use_convolutions, use_winograd
 from igstore.engine.fusion import fuse
-from igstore.engine.modules import input_sizes, readers, replace
-from igstore.errors import ModelError
+from igstore.engine.guard import Guard, pictures
+from igstore.engine.modules import copied, frozen, input_sizes, is_plain, readers, replace, timm_layers
 
 logger = logging.getLogger(__name__)
 
-# Folding reorders a few float32 operations; more than this, relative to the size of the logits, is a mistake.
-_TOLERANCE = 1e-3
-# The same of the gradient, relative to its length. Where rounding moves an output of a ReLU across 0, it jumps.
-_GRADIENT_TOLERANCE = 0.1
+# Of a copy of a network, and images of the size to come: changes it in place, or returns what takes its place.
+_Lever = Callable[[nn.Module, Tensor], nn.Module | None]
 
 
 def accelerate(network: nn.Module, probe: Tensor, *, own_convolutions: bool = True) -> nn.Module:
@@ -30,8 +33,8 @@ def accelerate(network: nn.Module, probe: Tensor, *, own_convolutions: bool = Tr
     Parameters are frozen, batch norms that follow a convolution are folded into it, and convolutions run channels last.
     On a CPU other batch norms are simplified, uneven padding is folded into depthwise kernels, and convolutions are
     igstore's own, with the activations and sums beside them (`igstore.engine.fusion`), but under autocast.
-    A network whose folded form disagrees with it on a random image, in outputs or gradient, is left as it is, with a
-    line in the log.
+    A step that cannot be done, or that changes outputs or gradients by more than rounding on noise, on a picture with
+    even parts or on white, is left out, with a line in the log.
 
     Parameters
     ----------
@@ -45,72 +48,79 @@ def accelerate(network: nn.Module, probe: Tensor, *, own_convolutions: bool = Tr
     Raises
     ------
     ModelError
-        The network fails on an image of this size.
+        The network fails on an image of this size, or does not return (image, class).
     """
-    plain = copy.deepcopy(network).to(probe.device).eval().requires_grad_(False)
-    plain = plain.to(memory_format=torch.channels_last)
-    image = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
-    try:
-        expected = _outputs(plain, image)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        size = " x ".join(map(str, probe.shape[1:]))
-        raise ModelError(f"the network fails on an image of {size}: {error}") from error
-    folded = copy.deepcopy(plain)
-    fold_batch_norm(folded, image)
-    keep_results(folded)
-    simplify_batch_norm(folded)
-    if probe.device.type == "cpu":
-        fold_uneven_padding(folded, image)
-        if own_convolutions and not torch.is_autocast_enabled("cpu"):
-            use_convolutions(folded, image)
-            folded = fuse(folded, image)
-    difference = _difference(_outputs(folded, image), expected)
-    if not difference <= _TOLERANCE:
-        logger.warning(
-            "the network is left unfolded: folding would change the outputs by %.1e of their size", difference
-        )
-        return plain
-    if isinstance(folded, fx.GraphModule):
-        difference = _gradient_difference(folded, plain, image)
-        if not difference <= _GRADIENT_TOLERANCE:
-            logger.warning(
-                "the network is left unfolded: folding would change gradients by %.1e of their size", difference
-            )
+    device = probe.device.type
+    kinds = _levers(device, own_convolutions=own_convolutions and not torch.is_autocast_enabled(device))
+    with fresh_torch(probe.device):
+        plain = frozen(copied(network).to(probe.device))
+        images = pictures(probe)
+        guard = Guard(plain, images)
+        if not guard.has_gradients:
+            logger.warning("the network has no gradients with respect to its input, so it is left as it is")
             return plain
-    return folded
+        changed, objection = _try(plain, list(kinds.values()), guard, images)
+        if changed is not None:
+            return changed
+        logger.info("the network cannot be accelerated in every way: %s", objection)
+        return _as_far_as_possible(plain, kinds, guard, images)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+def _levers(device: str, *, own_convolutions: bool) -> dict[str, _Lever]:
+    """What to do to a network on a device, in this order."""
+    levers: dict[str, _Lever] = {
+        "batch norms folded": lambda network, images: fold_batch_norm(network, images[:1]),
+        "activations that keep less": lambda network, _: keep_results(network),
+        "batch norms simplified": lambda network, _: simplify_batch_norm(network),
+    }
+    if device == "cpu":
+        levers["padding folded"] = lambda network, images: fold_uneven_padding(network, images[:1])
+    if device == "cpu" and own_convolutions:
+        levers |= {
+            "own convolutions": lambda network, images: use_convolutions(network, images[:1]),
+            "Winograd's algorithm forwards": lambda network, _: use_winograd(network),
+            "fusion": fuse,
+        }
+    return levers | {"channels last": lambda network, _: put_channels_last(network)}
 
 
-def _gradient_difference(network: nn.Module, expected: nn.Module, image: Tensor) -> float:
-    """Of the gradients of some sum of the outputs, relative to the length of the one that is expected."""
-
-    def gradient(of: nn.Module) -> Tensor:
-        leaf = image.clone().requires_grad_()
-        outputs = of(leaf.clone())
-        weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).to(outputs)
-        (found,) = torch.autograd.grad((outputs * weights).sum(), leaf)
-        return found
-
-    wanted = gradient(expected)
+def _try(
+    plain: nn.Module, levers: Sequence[_Lever], guard: Guard, images: Tensor
+) -> tuple[nn.Module | None, str | None]:
+    """A copy of `plain` with some levers pulled; or None, and why not."""
     try:
-        return float((gradient(network) - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    except RuntimeError as error:  # torch has seen a tensor change that another one's gradient needs
-        logger.info("the gradient of the folded network fails: %s", error)
-        return float("inf")
+        changed = copied(plain, sharing_tensors=True)
+        for lever in levers:
+            changed = lever(changed, images) or changed
+        objection = guard.objection(changed)
+    except Exception as error:  # what the code of a network does with other modules or layouts is anyone's guess
+        objection = f"{type(error).__name__}: {error}"
+    return (changed, None) if objection is None else (None, objection)
 
 
-def _outputs(network: nn.Module, image: Tensor) -> Tensor:
-    with torch.no_grad():
-        result = network(image.clone())
-    if not isinstance(result, Tensor):
-        raise ModelError(
-            f"the network returns {type(result).__name__}; a classifier returns a tensor (image, class): wrap it in a "
-            "module that selects that tensor"
-        )
-    return result.float()
+def _as_far_as_possible(plain: nn.Module, levers: dict[str, _Lever], guard: Guard, images: Tensor) -> nn.Module:
+    """`plain` with each lever pulled that it does not object to after those before."""
+    best = plain
+    pulled: list[_Lever] = []
+    for name, lever in levers.items():
+        changed, objection = _try(plain, [*pulled, lever], guard, images)
+        if changed is None:
+            logger.warning("gradients may take longer than they need: without %s (%s)", name, objection)
+        else:
+            best, pulled = changed, [*pulled, lever]
+    return best
+
+
+def put_channels_last(network: nn.Module) -> None:
+    """Give the filters of `network` that layout, in place, and thereby what passes through its convolutions."""
+    made: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 4:
+                if id(parameter) not in made:
+                    last = parameter.detach().contiguous(memory_format=torch.channels_last)
+                    made[id(parameter)] = nn.Parameter(last, requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
 
 
 def fold_batch_norm(network: nn.Module, image: Tensor) -> None:
@@ -121,8 +131,10 @@ def fold_batch_norm(network: nn.Module, image: Tensor) -> None:
     reads the convolution's output is not, so the caller compares outputs.
     """
     for norm, convolution in readers(network, image, nn.Conv2d, nn.BatchNorm2d).items():
-        if norm.running_mean is None or norm.running_var is None:
-            continue  # normalises by the batch's own statistics, which no weights can stand for
+        if not is_fixed(norm) or not is_plain(convolution, [nn.Conv2d, *timm_layers("Conv2dSame")]):
+            continue
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight,
             convolution.bias,
@@ -145,10 +157,8 @@ def fold_uneven_padding(network: nn.Module, image: Tensor) -> None:
 
     How much is padded goes by the size of `image` (1, channel, y, x), so the network is for images of that size.
     """
-    same = getattr(sys.modules.get("timm.layers"), "Conv2dSame", None)  # none where nobody has made a network of timm's
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    # not its subclasses, which may do more than it does
-    depthwise = [one for one in convolutions if type(one) is same and one.groups == one.in_channels]
+    convolutions = [module for module in network.modules() if is_plain(module, timm_layers("Conv2dSame"))]
+    depthwise = [one for one in convolutions if isinstance(one, nn.Conv2d) and one.groups == one.in_channels]
     for module, seen in input_sizes(network, image, depthwise).items():
         if len(seen) != 1 or module.dilation != (1, 1):
             continue

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from igstore.engine.modules import replace
+from igstore.engine.modules import is_plain, replace, timm_layers
 
 
 class Clamp(nn.Module):
@@ -49,7 +49,8 @@ def keep_results(network: nn.Module) -> None:
     """Replace the ReLU6 and hard tanh modules of `network` by ones that keep their results alone, in place."""
     for module in list(network.modules()):
         # not subclasses, which may do more
-        if isinstance(module, nn.Hardtanh) and type(module) in (nn.ReLU6, nn.Hardtanh):
+        is_exact = type(module) in (nn.ReLU6, nn.Hardtanh) and is_plain(module, [nn.Hardtanh])
+        if is_exact and isinstance(module, nn.Hardtanh):
             replace(network, module, Clamp(module.min_val, module.max_val, module.inplace))
 
 
@@ -81,8 +82,19 @@ class ScaleAndShift(nn.Module):
 def simplify_batch_norm(network: nn.Module) -> None:
     """Replace the batch norms of `network` that could not be folded, in place."""
     for norm in list(network.modules()):
-        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
+        if is_fixed(norm):
             replace(network, norm, nn.Sequential(ScaleAndShift(norm), after(norm)))
+
+
+def is_fixed(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether it is a batch norm, and multiplies and adds the same whatever the batch."""
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and is_plain(norm, [nn.BatchNorm2d, *timm_layers("BatchNormAct2d")])
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    )
 
 
 def after(norm: nn.BatchNorm2d) -> nn.Module:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.engine.acceleration import accelerate
+from igstore.engine.ambient import fresh_torch
 from igstore.engine.baselines import baseline_pixels
+from igstore.engine.guard import is_out_of_memory
 from igstore.engine.lines.integral import OnLines
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import hoist_stem
@@ -160,10 +162,11 @@ class Attributor:
     def measure_speed(self) -> float:
         """Gradient evaluations a second, from two batches on a grey image, the first of which only warms up."""
         height, width = self.spec.preprocessing.crop
-        grey = self._normalise(np.full((1, 3, height, width), 128, np.uint8))
+        pixels = np.full((1, 3, height, width), 128, np.uint8)
         for _ in range(2):
             started = time.monotonic()
-            with self._failures(), freed_memory_kept():
+            with fresh_torch(self.device), self._failures(), freed_memory_kept():
+                grey = self._normalise(pixels)
                 integrated_gradients(
                     self.network,
                     grey,
@@ -182,7 +185,7 @@ class Attributor:
     ) -> Arrays:
         while True:
             try:
-                with self._failures(), freed_memory_kept():
+                with fresh_torch(self.device), self._failures(), freed_memory_kept():
                     return self._attribute(pixels, labels, image_ids)
             except OutOfMemoryError:
                 if not self._may_shrink or self.batch_size == 1:
@@ -201,7 +204,7 @@ class Attributor:
         except IgstoreError:
             raise
         except (Exception, SystemExit) as error:  # networks may raise anything
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"out of memory on {self.device} with batches of {self.batch_size}: give a smaller --batch-size, "
                     "or leave it out to have it fitted"
@@ -220,8 +223,9 @@ class Attributor:
         label = torch.as_tensor(labels.astype(np.int64), device=self.device)
         target = label if spec.target == "label" else prediction
         found = self.explain(x, self._normalise(baselines), target, image_ids)
-        noise = _NOISE.get(spec.precision, _FLOAT32_NOISE) * (scores.abs().amax() if spec.output == "logit" else 1)
-        _check_same(select_output(scores, target, spec.output), found.output, float(noise), image_ids)
+        size = scores.abs().amax(dim=1) if spec.output == "logit" else torch.ones(len(scores))
+        noise = _NOISE.get(spec.precision, _FLOAT32_NOISE) * size
+        _check_same(select_output(scores, target, spec.output), found.output, noise, image_ids)
         maps = found.maps.contiguous().cpu().numpy()
         finite = np.isfinite(maps).reshape(len(maps), -1).all(axis=1)
         finite &= (found.output.isfinite() & found.baseline_output.isfinite()).cpu().numpy()
@@ -275,10 +279,12 @@ class Attributor:
         return normalise(on_device, self.spec.preprocessing).contiguous(memory_format=torch.channels_last)
 
 
-def _check_same(first: torch.Tensor, second: torch.Tensor, noise: float, image_ids: Sequence[str]) -> None:
-    """Raise unless what the network gave for the images, (image,), is what it gave when it saw them again."""
-    first, second = first.double().cpu(), second.double().cpu()
-    different = ~torch.isclose(first, second, rtol=0, atol=noise, equal_nan=True).numpy()
+def _check_same(first: torch.Tensor, second: torch.Tensor, noise: torch.Tensor, image_ids: Sequence[str]) -> None:
+    """Raise unless the network gave the same for the images, up to `noise`, when it saw them again; (image,) each."""
+    first, second, noise = (each.double().cpu() for each in (first, second, noise))
+    finite = first.isfinite() & second.isfinite()
+    same = torch.where(finite, (first - second).abs() <= noise, torch.isclose(first, second, equal_nan=True))
+    different = ~same.numpy()
     if different.any():
         image = int(different.argmax())
         raise ModelError(
@@ -292,8 +298,3 @@ def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
     largest = _LARGEST_BATCH[probe.device.type]
     fitting = available_memory(probe.device) // 2 // gradient_bytes(network, probe)
     return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch has a class for CUDA's, and only a message for the CPU's
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

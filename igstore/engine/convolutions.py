@@ -3,8 +3,11 @@
 Less to multiply: Winograd's algorithm, F(4x4, 3x3) and its like for other filters, as Lavin and Gray describe it ("Fast
 Algorithms for Convolutional Neural Networks", 2015). oneDNN, which torch computes convolutions with on CPUs, does not
 have it for float32; cuDNN does. Results differ from a direct convolution's by float32 rounding, some 1e-5 of the
-largest. Less to move: an activation, a sum or a batch norm beside a convolution is computed as the convolution reads or
-writes, so that its numbers pass through memory once; `igstore.engine.fusion` finds them.
+largest, and in a picture's even parts from place to place. Where a network chooses among numbers afterwards
+(`igstore.engine.choices`), the forward pass is direct.
+
+Less to move: an activation, a sum or a batch norm beside a convolution is computed as the convolution reads or writes,
+so that its numbers pass through memory once; `igstore.engine.fusion` finds them.
 
 The kernel is compiled when igstore is installed. Without a compiler, or on a processor that lacks the instructions
 (AVX2 with FMA on x86, NEON on ARM), convolutions stay torch's.
@@ -23,7 +26,8 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from igstore.engine.modules import input_sizes, replace
+from igstore.engine.choices import called_before_choices
+from igstore.engine.modules import input_sizes, is_plain, replace
 from igstore.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -82,9 +86,16 @@ class Convolution(nn.Module):
     convolution
         One that `fits`; its weights must not change afterwards. Transformed, they take up to four times their memory,
         once for the forward and once for the backward pass.
+    direct, before_choices
+        As the attributes.
 
     Attributes
     ----------
+    direct
+        Whether to compute the forward pass without Winograd's algorithm, so that equal numbers stay equal. The
+        backward pass is linear: there rounding decides nothing.
+    before_choices
+        Whether a network that calls it goes on to choose among numbers; see `igstore.engine.choices`.
     bounds
         (low, high) of the outputs, which may be infinite: (0, inf) is a ReLU.
     scale, shift
@@ -96,7 +107,7 @@ class Convolution(nn.Module):
     scale: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: nn.Conv2d, *, direct: bool = False, before_choices: bool = False) -> None:
         super().__init__()
         self.weight = convolution.weight
         self.bias = convolution.bias
@@ -107,6 +118,8 @@ class Convolution(nn.Module):
         self.register_buffer("scale", None)
         self.register_buffer("shift", None)
         self.passes_on = False
+        self.before_choices = before_choices
+        self._direct = direct
         self._filters: Tensor | None = None
         self._backward_filters: Tensor | None = None
 
@@ -119,10 +132,20 @@ class Convolution(nn.Module):
         """Whether the outputs are clamped."""
         return self.bounds != _UNBOUNDED
 
+    @property
+    def direct(self) -> bool:
+        """See above; may be set."""
+        return self._direct
+
+    @direct.setter
+    def direct(self, direct: bool) -> None:
+        self._direct = direct
+        self._filters = None
+
     def filters(self) -> Tensor:
         """Transformed filters of the forward pass, made when they are first wanted."""
         if self._filters is None:
-            self._filters = transformed(self.weight)
+            self._filters = grouped(self.weight) if self.direct else transformed(self.weight)
         return self._filters
 
     def backward_filters(self) -> Tensor:
@@ -150,6 +173,7 @@ class _Convolution(Function):
             len(module.weight),
             module.taps,
             module.padding,
+            direct=module.direct,
             bias=module.bias,
             addend=addend,
             bounds=module.bounds,
@@ -207,9 +231,9 @@ def _spread(gradient: Tensor, stride: Sequence[int], shape: torch.Size, addend: 
 # An operation of torch's, so that what torch does with tensors that hold no numbers works here too.
 _NAME = "igstore::convolve"
 _SIGNATURE = """(
-    Tensor x, Tensor filters, int out_channels, int[] taps, int[] padding, *, Tensor? bias=None, Tensor? addend=None,
-    float[]? bounds=None, Tensor? gate=None, float[]? gate_bounds=None, bool keeps_gated=False, Tensor? scale=None,
-    Tensor? shift=None, Tensor? rectified=None
+    Tensor x, Tensor filters, int out_channels, int[] taps, int[] padding, *, bool direct=False, Tensor? bias=None,
+    Tensor? addend=None, float[]? bounds=None, Tensor? gate=None, float[]? gate_bounds=None, bool keeps_gated=False,
+    Tensor? scale=None, Tensor? shift=None, Tensor? rectified=None
 ) -> (Tensor, Tensor)"""
 torch.library.define(_NAME, _SIGNATURE.replace("\n", " "))
 _operation: Callable[..., tuple[Tensor, Tensor]] = torch.ops.igstore.convolve.default
@@ -238,6 +262,7 @@ def _convolve(
     taps: list[int],
     padding: list[int],
     *,
+    direct: bool = False,
     bias: Tensor | None = None,
     addend: Tensor | None = None,
     bounds: list[float] | None = None,
@@ -250,6 +275,9 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     """As igstore/engine/_convolutions.cpp says."""
     channels = filters.shape[2]
+    expected = _filters_shape(channels, out_channels, taps, direct)
+    if filters.shape != expected:
+        raise ModelError(f"expected filters of shape {expected}, not {tuple(filters.shape)}")
     if x.dtype != torch.float32 or x.ndim != 4 or x.shape[1] != channels:
         raise ModelError(
             f"a convolution takes float32 (image, {channels}, y, x); it is given {x.dtype} of shape {tuple(x.shape)}"
@@ -292,6 +320,7 @@ def _convolve(
         padding_y,
         padding_x,
         torch.get_num_threads(),
+        direct,
         gate_low,
         gate_high,
         low,
@@ -317,18 +346,42 @@ def transformed(weight: Tensor) -> Tensor:
 
     The last group is filled up with zeros.
     """
-    n_out, n_in, *taps = weight.shape
-    y, x = map(_filter_transform, taps)
-    products = (y @ weight.detach().double() @ x.T).permute(2, 3, 1, 0).reshape(-1, n_in, n_out)
-    groups = -(-n_out // _GROUP)
-    filled = functional.pad(products, (0, groups * _GROUP - n_out)).float()
-    return filled.view(-1, n_in, groups, _GROUP).transpose(1, 2).contiguous()
+    both = torch.kron(*map(_filter_transform, weight.shape[2:]))  # (product, tap)
+    by_tap = weight.detach().permute(2, 3, 1, 0).flatten(0, 1).flatten(1)  # (tap, in x out)
+    products = (both @ by_tap.double()).float().view(-1, *weight.shape[1::-1])
+    return _in_groups(products).transpose(1, 2).contiguous()
+
+
+def grouped(weight: Tensor) -> Tensor:
+    """Filters (out, in, y, x) as they are, in the order of a direct convolution: (group, tap, in, out of the group).
+
+    The last group is filled up with zeros.
+    """
+    by_tap = weight.detach().permute(2, 3, 1, 0).flatten(0, 1)  # (tap, in, out)
+    return _in_groups(by_tap).permute(2, 0, 1, 3).contiguous()
+
+
+def _filters_shape(channels: int, out_channels: int, taps: Sequence[int], direct: bool) -> tuple[int, ...]:
+    """Of what `grouped` or `transformed` give."""
+    groups = -(-out_channels // _GROUP)
+    if direct:
+        return groups, math.prod(taps), channels, _GROUP
+    return math.prod(tile(n)[1] for n in taps), groups, channels, _GROUP
+
+
+def _in_groups(filters: Tensor) -> Tensor:
+    """(place, in, out) as (place, in, group, out of the group)."""
+    n_out = filters.shape[2]
+    filled = functional.pad(filters, (0, -n_out % _GROUP))
+    return filled.view(*filters.shape[:2], -1, _GROUP)
 
 
 def fits(convolution: nn.Module, height: int, width: int) -> bool:
     """Whether the kernel can, and should, compute `convolution` of inputs of this size."""
     # not its subclasses, which may do more than it does
-    if type(convolution) is not nn.Conv2d or convolution.weight.dtype != torch.float32:
+    if type(convolution) is not nn.Conv2d or not is_plain(convolution, [nn.Conv2d]):
+        return False
+    if convolution.weight.dtype != torch.float32:
         return False
     taps, padding = convolution.kernel_size, convolution.padding
     plain = (convolution.dilation, convolution.groups) == ((1, 1), 1)
@@ -362,7 +415,7 @@ def n_products(sides: Sequence[int], taps: Sequence[int]) -> int:
 def use_convolutions(network: nn.Module, image: Tensor) -> None:
     """Replace the convolutions of `network` that the kernel computes sooner, in place; for images of this size.
 
-    `image` is (1, channel, y, x), on a CPU.
+    Forwards they are all direct. `image` is (1, channel, y, x), on a CPU.
     """
     if not _COMPILED:
         logger.warning(
@@ -372,6 +425,14 @@ def use_convolutions(network: nn.Module, image: Tensor) -> None:
     if not available():
         return
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    before = called_before_choices(network, image, convolutions)
     for module, sizes in input_sizes(network, image, convolutions).items():
         if sizes and all(fits(module, *size) for size in sizes):
-            replace(network, module, Convolution(module))
+            replace(network, module, Convolution(module, direct=True, before_choices=module in before))
+
+
+def use_winograd(network: nn.Module) -> None:
+    """Let the `Convolution`s of `network` go by Winograd's algorithm forwards too, where nothing chooses afterwards."""
+    for module in network.modules():
+        if isinstance(module, Convolution):
+            module.direct = module.before_choices

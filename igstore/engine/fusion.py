@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from igstore.engine.activations import Clamp, ScaleAndShift
 from igstore.engine.convolutions import Convolution
+from igstore.engine.modules import is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, functional.max_pool2d, functional.avg_pool
 _READERS = (*_POOLS, torch.cat, operator.add, torch.add, "add")
 
 
-def fuse(network: nn.Module, image: Tensor) -> nn.Module:
+def fuse(network: nn.Module, images: Tensor) -> nn.Module:
     """`network` as a graph in which its `Convolution`s do what is done to their inputs and outputs.
 
     Its modules are shared, and changed: `network` itself is of no use afterwards, unless it is what is returned, which
@@ -38,15 +39,19 @@ def fuse(network: nn.Module, image: Tensor) -> nn.Module:
     ----------
     network
         In evaluation mode; its forward pass takes one tensor.
-    image
-        (1, channel, y, x), of the size to come.
+    images
+        (image, channel, y, x), of the size to come; two or more, which tells what every image has from what all share.
     """
     if not any(isinstance(module, Convolution) for module in network.modules()):
         return network
+    if not is_plain(network, [type(network)]):
+        logger.info("the network has hooks, which its graph would not have, so activations stay beside convolutions")
+        return network
     try:
         traced = fx.GraphModule(network, _Tracer().trace(network))
+        _reshape_instead_of_view(traced)
         with torch.no_grad():
-            ShapeProp(traced).propagate(image.clone())
+            ShapeProp(traced).propagate(images.clone())
     except Exception as error:  # what a network's code does with a stand-in for a tensor is anyone's guess
         logger.info("the network's graph cannot be had, so activations stay beside convolutions: %s", error)
         return network
@@ -58,15 +63,41 @@ def fuse(network: nn.Module, image: Tensor) -> nn.Module:
         _take_batch_norm(node, module, traced)
     for node, module in convolutions.items():
         _pass_on(node, module, traced)
-    traced.graph.eliminate_dead_code()
     traced.recompile()
     traced.delete_all_unused_submodules()
     return traced
 
 
 class _Tracer(fx.Tracer):
+    """Traces what a graph can say. What calls are made under, it cannot: no gradients, autocast, hooks of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began_under = _modes()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*_OWN, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+        own_way = not is_plain(m, [type(m)])
+        return own_way or isinstance(m, (*_OWN, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        # the forward pass of a function with a gradient of its own has them switched off, too
+        if _modes() != self._began_under:
+            raise RuntimeError("part of its forward pass switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What torch computes under, where a network may change it for a part of its forward pass."""
+    autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *autocast)
+
+
+def _reshape_instead_of_view(traced: fx.GraphModule) -> None:
+    """A view of some tensors needs the layout that they have no longer."""
+    for node in traced.graph.nodes:
+        of_shape = not any(isinstance(one, torch.dtype) for one in (*node.args, *node.kwargs.values()))
+        if node.op == "call_method" and node.target == "view" and of_shape:
+            node.target = "reshape"
 
 
 def _module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from contextlib import ExitStack
 from typing import Any
@@ -12,10 +11,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from igstore.engine.ambient import fresh_torch
+from igstore.engine.guard import Guard, pictures
+from igstore.engine.modules import copied
+
 logger = logging.getLogger(__name__)
 
-# More than this, relative to the size of the logits, is a mistake and no rounding.
-_TOLERANCE = 1e-3
+# More than this, relative to the size of a stem's outputs, is a mistake and no rounding.
+_TOLERANCE = 1e-4
 # A stem whose output has this many times the numbers of its input costs more to keep than to compute.
 _LARGEST_GROWTH = 8
 
@@ -43,7 +46,7 @@ def hoist_stem(network: nn.Module, probe: Tensor) -> nn.Module:
     """`network` as a `Hoisted`, sharing its parameters, or as it is where that cannot be done.
 
     The stem is the convolution that reads the network's input as it is, while nothing else in the network so much as
-    looks at it. That the network takes the stem's output for its input shows when both forms see a random image.
+    looks at it. That the network takes the stem's output for its input shows when both forms see some images.
 
     Parameters
     ----------
@@ -52,27 +55,44 @@ def hoist_stem(network: nn.Module, probe: Tensor) -> nn.Module:
     probe
         One image (1, channel, y, x) of the right size, on the network's device.
     """
-    image = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
-    stem = _reader_of(network, image)
-    if stem is None:
-        logger.info("no convolution alone reads the image itself: the whole network runs at every step")
-        return network
-    body = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
+    with fresh_torch(probe.device):
+        images = pictures(probe)
+        try:
+            stem = _reader_of(network, images[:1])
+            if stem is None:
+                logger.info("no convolution alone reads the image itself: the whole network runs at every step")
+                return network
+            hoisted = _without(network, stem)
+            objection = Guard(network, images).objection(hoisted) if _is_affine(stem, images) else "it is not affine"
+        except Exception as error:  # what the code of a network does without a part of it is anyone's guess
+            objection = f"{type(error).__name__}: {error}"
+        if objection is not None:
+            logger.info("the first convolution stays in the path: %s", objection)
+            return network
+        return hoisted
+
+
+def _without(network: nn.Module, stem: nn.Conv2d) -> Hoisted:
+    """The two parts of `network`."""
+    body = copied(network, sharing_tensors=True)
     place = next(name for name, module in network.named_modules() if module is stem)
     parent, _, name = place.rpartition(".")
     setattr(body.get_submodule(parent), name, nn.Identity())
-    hoisted = Hoisted(stem, body)
-    try:
-        with torch.no_grad():
-            difference = (hoisted(image) - network(image.clone())).abs().max()
-            size = network(image.clone()).abs().max()
-    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
-        logger.info("the first convolution stays in the path: the rest of the network does not run alone (%s)", error)
-        return network
-    if not difference <= _TOLERANCE * size:
-        logger.info("the first convolution stays in the path: it is not the only one to read the image")
-        return network
-    return hoisted
+    return Hoisted(stem, body)
+
+
+def _is_affine(stem: nn.Module, images: Tensor) -> bool:
+    """Whether a stem maps a point between two images to the point between their outputs, forwards and backwards.
+
+    A convolution does. A subclass, or hooks, may do more.
+    """
+    if stem._backward_hooks or stem._backward_pre_hooks:
+        return False
+    with torch.no_grad():
+        first, second, between = (
+            stem(image) for image in (images[:1], images[1:2], images[:1].lerp(images[1:2], 0.25))
+        )
+    return bool((between - first.lerp(second, 0.25)).abs().max() <= _TOLERANCE * between.abs().max())
 
 
 def _reader_of(network: nn.Module, image: Tensor) -> nn.Conv2d | None:

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.utils._pytree import tree_leaves
 
 from igstore.errors import UserError, WeightsNotFoundError
 
@@ -125,12 +126,23 @@ def _renamed(state: MutableMapping[str, Any], own: Mapping[str, Tensor]) -> Muta
 
 
 def state_sha256(network: nn.Module) -> str:
-    """Sha256, in hexadecimal, over the state dict in order: each tensor's name, dtype, shape and bytes."""
+    """Sha256, in hexadecimal, over the state dict in order: each tensor's name, dtype, shape and bytes.
+
+    Of what else a module keeps there, such as its extra state, by its tensors and by how the rest is printed.
+    """
     digest = hashlib.sha256()
-    for key, tensor in network.state_dict().items():
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for key, kept in network.state_dict().items():
+        for value in [kept] if isinstance(kept, Tensor) else tree_leaves(kept):
+            digest.update(_described(key, value))
     return digest.hexdigest()
+
+
+def _described(key: str, value: Any) -> bytes:
+    if not isinstance(value, Tensor):
+        # an address in memory says nothing
+        return f"{key} {re.sub(r' at 0x[0-9a-f]+', '', repr(value))}\n".encode()
+    plain = value.dequantize() if value.is_quantized else value
+    return f"{key} {value.dtype} {tuple(value.shape)}\n".encode() + plain.detach().cpu().contiguous().numpy().tobytes()
 
 
 def first_line(error: BaseException) -> str:

@@ -105,11 +105,12 @@ def _numbers(*operands: Any, out_shape: Any, **_: Any) -> int:
     return sum(map(prod, shapes))
 
 
-def _convolve_flops(*operands: Any, out_shape: Any, **_: Any) -> int:
+def _convolve_flops(*operands: Any, out_shape: Any, direct: bool = False, **_: Any) -> int:
     """Of the products alone: a multiplication and an addition each."""
     x, _filters, out_channels, taps, _padding = operands
     outputs, _gated = out_shape
-    return int(2 * x[0] * x[1] * out_channels * convolutions.n_products(outputs[2:], taps))
+    products = prod(outputs[2:]) * prod(taps) if direct else convolutions.n_products(outputs[2:], taps)
+    return int(2 * x[0] * x[1] * out_channels * products)
 
 
 def _convolve_numbers(*operands: Any, out_shape: Any, **_: Any) -> int:

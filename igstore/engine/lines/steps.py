@@ -34,8 +34,8 @@ class Path:
     points, image, alpha
         Which points are references; and of each point, in that order, its image, int64, and its place, float32.
     order, begin, weights
-        The points image by image, int64 (point,); where each image's begin, int32 (image + 1,); and the weights of their
-        gradients in the image's sum, float32 (point,), in the order of `order`.
+        The points image by image, int64 (point,); where each image's begin, int32 (image + 1,); and, in the order of
+        `order`, the weights of their gradients in the image's sum, float32 (point,).
     operations
         What computes on values: `igstore.engine.lines.reference`, or a module of the same functions.
     """
@@ -103,8 +103,8 @@ class LineNetwork:
     Parameters
     ----------
     prefix, lines
-        A network from images (image, channel, y, x) to the values of some nodes, a tuple, and these nodes. It is affine,
-        so it maps lines to lines, and two evaluations an image suffice.
+        A network from images (image, channel, y, x) to the values of some nodes, a tuple, and these nodes. It is
+        affine, so it maps lines to lines, and two evaluations an image suffice.
     steps
         The rest, in order.
     scores

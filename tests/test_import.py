@@ -320,7 +320,9 @@ def test_maps_may_name_their_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ids", ["ids.txt", list(range(7)), pd.DataFrame({"id": NAMES}), iter(NAMES), Path("ids")], ids=repr
+    "ids",
+    ["ids.txt", list(range(7)), pd.DataFrame({"id": NAMES}), iter(NAMES), Path("ids")],
+    ids=lambda ids: type(ids).__name__,
 )
 def test_what_is_no_list_of_ids(ids, tmp_path):
     with pytest.raises(UserError, match="must be a list of the images' ids, such as '10'"):

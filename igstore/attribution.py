@@ -8,7 +8,7 @@ the integral taken by one of `igstore.quadrature`'s rules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from igstore.engine.ambient import fresh_torch
-from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.lines.integral import OnLines
 from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.schema import FormerPrecision, Method, Output, Precision, Reduce, check_choice, whole_number
 from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
@@ -59,17 +58,15 @@ class Attributions:
     n_steps: Tensor
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
+def check_precision(precision: Precision | FormerPrecision, device: torch.device) -> None:
     """Raise `UserError` where `device` has no such arithmetic."""
     check_choice("precision", precision, Precision)
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"{option('precision')} tf32 is a mode of CUDA devices; the device is {device}: use float32")
-    if precision == "bfloat16_backward" and device.type != "cpu":
-        raise UserError(f"{option('precision')} bfloat16_backward is for CPUs; the device is {device}: use tf32")
 
 
 @contextmanager
-def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
+def numerics(precision: Precision | FormerPrecision, device: torch.device) -> Iterator[None]:
     """Fix the arithmetic of everything inside, whatever the caller has set in torch, which is restored afterwards.
 
     It is as `igstore.engine.ambient.fresh_torch` says, with tf32 or float16 autocast where that is the precision.
@@ -108,7 +105,8 @@ def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
 
 def _baseline_logits(network: nn.Module, baselines: Tensor, batch_size: int) -> Tensor:
     """As `logits`; of baselines that are all the same, once."""
-    if bool((baselines == baselines[:1]).all()):
+    # to compare them the host would wait for a GPU, which an expanded tensor spares it
+    if baselines.stride(0) == 0 or (baselines.device.type == "cpu" and bool((baselines == baselines[:1]).all())):
         return logits(network, baselines[:1], batch_size).expand(len(baselines), -1)
     return logits(network, baselines, batch_size)
 
@@ -160,7 +158,7 @@ def integrated_gradients(
     n_steps: int = 50,
     output: Output = "logit",
     reduce: Reduce = "sum",
-    precision: Precision = "float32",
+    precision: Precision | FormerPrecision = "float32",
     batch_size: int = 16,
     max_error: float | None = None,
     max_steps: int | None = None,
@@ -186,9 +184,9 @@ def integrated_gradients(
     reduce
         How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision
-        ``float32`` (tf32 off), ``tf32`` (CUDA only), ``float16`` (autocast, scaled gradients; sums stay float32), or
-        ``bfloat16_backward`` (CPU only: float32 forwards, bfloat16 backwards; faster than float32 where the processor
-        has such instructions and igstore's kernel is not compiled).
+        ``float32`` (tf32 off); ``mixed``, of an `igstore.engine.lines.integral.OnLines` alone (forward passes as exact
+        as float32, backward passes in float16; of other networks it is float32); ``tf32`` (CUDA only); or ``float16``
+        (autocast, scaled gradients; sums stay float32).
     batch_size
         (image, step) pairs per gradient evaluation, at most.
     max_error, max_steps
@@ -228,7 +226,6 @@ def integrated_gradients(
     if isinstance(network, OnLines):
         body = network.network
     steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
-    backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
         # what was made in inference mode can have no gradient
         inputs, baselines = (one.clone() if one.is_inference() else one for one in (inputs, baselines))
@@ -246,8 +243,7 @@ def integrated_gradients(
             if lines is not None:
                 lines.add_gradients(sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size)
                 return
-            with backward:
-                _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
+            _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
 
         def error(attributions: Tensor) -> Tensor:
             total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)
@@ -354,7 +350,7 @@ def _add_gradients(
                 f_x[i] = outputs[part.stop - 1 - begin]
 
 
-def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+def to_float16(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Maps as float16 with a power-of-two scale per image, so that their size does not decide their precision.
 
     Parameters
@@ -368,8 +364,8 @@ def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[
         float16 (image, ...), the maps divided by their scale, and float32 (image,), the power of two that brings the
         largest absolute value into [1, 2); 1 for an all-zero map.
     """
-    largest = np.abs(maps).reshape(len(maps), -1).max(axis=1, initial=0)
-    _, exponent = np.frexp(largest)  # largest = f * 2**exponent with f in [0.5, 1)
-    scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent - 1), np.float32(1)).astype(np.float32)
-    shape = (len(maps),) + (1,) * (maps.ndim - 1)
-    return (maps / scale.reshape(shape)).astype(np.float16), scale
+    largest = maps.abs().flatten(1).amax(dim=1)
+    _, exponent = torch.frexp(largest)  # largest = f * 2**exponent with f in [0.5, 1)
+    # a power of two in float64 is exact on every device once it is rounded to float32
+    scale = torch.where(largest > 0, torch.exp2(exponent.double() - 1), 1.0).float()
+    return (maps / scale.view(-1, *(1,) * (maps.ndim - 1))).half(), scale

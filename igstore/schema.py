@@ -29,7 +29,8 @@ Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
 Reduce = Literal["sum", "positive", "absolute", "none"]
-Precision = Literal["float32", "mixed", "tf32", "float16", "bfloat16_backward"]
+Precision = Literal["float32", "mixed", "tf32", "float16"]
+FormerPrecision = Literal["bfloat16_backward"]  # of stores that earlier versions made; none is computed any more
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 Score = Literal["positive", "absolute", "signed"]
@@ -239,7 +240,7 @@ class BuildSpec:
     n_steps: int = 50  # 0 for imported maps
     max_error: float | None = None
     max_steps: int | None = None
-    precision: Precision = "float32"
+    precision: Precision | FormerPrecision = "float32"
     reduce: Reduce = "sum"
     pixels: bool = True
     shard_size: int = 500
@@ -253,7 +254,7 @@ class BuildSpec:
             ("baseline", Baseline),
             ("target", Target),
             ("output", Output),
-            ("precision", Precision),
+            ("precision", (*get_args(Precision), *get_args(FormerPrecision))),
             ("reduce", Reduce),
         ):
             check_choice(field, getattr(self, field), choices)

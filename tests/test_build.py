@@ -214,7 +214,7 @@ class TestGoingOn:
             ({"method": "gausslegendre"}, "method"),
             ({"max_error": 0.1, "max_steps": 80}, "max_error"),
             ({"precision": "float16"}, "precision"),
-            ({"precision": "bfloat16_backward"}, "precision"),
+            ({"precision": "mixed"}, "precision"),
             ({"reduce": "absolute"}, "reduce"),
             ({"pixels": False}, "pixels"),
             ({"shard_size": 9}, "shard_size"),

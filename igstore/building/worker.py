@@ -7,6 +7,7 @@ accelerator waits for neither. What is finished is kept: `igstore.storage.stagin
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 _COPIES = 3  # of the parameters, while a network is made faster
 
 # Gradient evaluations in a unit, the work that a kill can cost: under a minute on two cores, about a second on a GPU.
-_UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
+_UNIT_EVALUATIONS = {"cpu": 200, "cuda": 10000}
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Worker:
         layout.check_classes(build.spec, self._attributor.n_classes - 1)
         self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
         self._decoder = Decoder(build.images, build.spec.preprocessing, workers)
+        self._jobs_ahead = 1 if device.type == "cuda" else 0
         self._unit = max(1, _UNIT_EVALUATIONS[device.type] // max(1, build.spec.n_steps))  # images
         self._runtime = provenance.runtime(device)
 
@@ -145,11 +147,21 @@ class Worker:
             store = StoreReader(folder.path)
             listed = images.ids[: store.n_images], images.labels[: store.n_images]
             with ShardWriter(folder, spec, *listed, self._runtime) as writer:
-                for job, pixels, reasons in self._decoder.decode(self._jobs(shards, folder, store, writer, report)):
-                    arrays = self._attributor(pixels, *self._listed(job), reasons)
+                for job, arrays in self._attributed(self._jobs(shards, folder, store, writer, report)):
                     writer.add(job, arrays, is_staged=False)
                     errors = arrays["completeness_error"][arrays["status"] == BUILT]
                     report(Advance(len(job), int(arrays["n_steps"].sum()), errors))
+
+    def _attributed(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Arrays]]:
+        """The jobs in order with their arrays; a GPU has the next job before the results of this one are asked for."""
+        submitted: deque[tuple[Job, Callable[[], Arrays]]] = deque()
+        for job, pixels, reasons in self._decoder.decode(jobs):
+            submitted.append((job, self._attributor.submit(pixels, *self._listed(job), reasons)))
+            if len(submitted) > self._jobs_ahead:
+                first, result = submitted.popleft()
+                yield first, result()
+        for job, result in submitted:
+            yield job, result()
 
     def _jobs(
         self, shards: Iterable[int], folder: Folder, store: StoreReader, writer: ShardWriter, report: Report

@@ -168,7 +168,7 @@ def _floor(classifier: Classifier, device: torch.device, precision: Precision, b
     network = hoist_stem(accelerate(classifier.network, image), image)
     if isinstance(network, Hoisted):  # once an image is not once a step
         image, network = network.stem(image), network.body
-    item_bytes = {"float16": 2, "bfloat16_backward": 3}.get(precision, 4)  # on average
+    item_bytes = 2 if precision in ("float16", "mixed") else 4
     flops, n_bytes = count_work(network, image.shape[1:], batch_size=batch_size, item_bytes=item_bytes)
     return Floor(flops, n_bytes, machine.matrix_rate(device, precision), machine.copy_rate(device))
 

@@ -34,7 +34,7 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def maps() -> np.ndarray:
     values = np.random.default_rng(0).standard_normal((8, 224, 224)).astype(np.float32)
-    return to_float16(values)[0]
+    return to_float16(torch.from_numpy(values))[0].numpy()
 
 
 @pytest.fixture(autouse=True)

@@ -346,7 +346,9 @@ class StoreReader(Sharded):
             variable = self.variables[name]
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
-            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=self._recorded)
+            # labels and ids are there before their shard is, so a shard without a record is no error here
+            recorded = self.records.get
+            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=recorded)
             for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]

@@ -94,6 +94,11 @@ class MaskedBatches:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __repr__(self) -> str:
+        n_images = sum(map(len, self._runs))
+        cells = f"{len(self._cells)} mask{'s' * (len(self._cells) != 1)}"
+        return f"<MaskedBatches: {n_images} images of {self._source.where} in {len(self)} batches, {cells}>"
+
     def __iter__(self) -> Iterator[MaskedBatch]:
         tables = {network: normalisation_table(network).to(self._device) for network in self._networks}
         loading: deque[tuple[Images, Future[Tensors]]] = deque()

@@ -325,6 +325,9 @@ class StoreReader(Sharded):
         )
         self._scalars: dict[str, NDArray[Any]] = {}
 
+    def __repr__(self) -> str:
+        return f"<StoreReader: {self.where}, {self.n_images} images, maps of {self.spec.model!r}>"
+
     @classmethod
     def of(cls, store: str | os.PathLike[str] | StoreReader) -> StoreReader:
         """A reader of what a user named by its path, its URL or a reader."""

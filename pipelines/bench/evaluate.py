@@ -28,7 +28,7 @@ from pipelines.bench import machine, output, rounds
 
 _BATCH = {"cpu": 32, "cuda": 128}
 # the article's tables, and their control
-CELLS = {"p": (90, 70, 50, 30), "keep": ("top", "bottom"), "order": ("attribution", "random")}
+CELLS: dict[str, Any] = {"p": (90, 70, 50, 30), "keep": ("top", "bottom"), "order": ("attribution", "random")}
 
 
 def bare_loop(

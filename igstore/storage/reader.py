@@ -346,7 +346,10 @@ class StoreReader(Sharded):
             variable = self.variables[name]
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
-            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=self._recorded)
+            # lists are there since the store was made, whatever has become of the records of their shards
+            found_of = self.form.scalars(
+                name, variable, shards, shard_size=self.shard_size, recorded=lambda shard: self.records.get(shard)
+            )
             for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]

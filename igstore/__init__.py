@@ -17,7 +17,7 @@ _HOMES = {
     "BuildSpec": "schema",
     "Classifier": "models",
     "IgstoreError": "errors",
-    "MaskOptions": "masking",
+    "MaskOptions": "masks",
     "MaskedBatches": "batches",
     "MaskedImageNet": "dataset",
     "Preprocessing": "schema",

@@ -20,8 +20,8 @@ from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
 from igstore.errors import StoreExistsError, UserError
 from igstore.evaluate import as_shown
-from igstore.masking import MaskedImages, MaskOptions
-from igstore.masks import FILLS
+from igstore.masking import MaskedImages
+from igstore.masks import FILLS, MaskOptions
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
 from igstore.reporting.texts import csv_text
 from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number

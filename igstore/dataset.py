@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.freed_memory import keep_freed_memory
-from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions, warn_of_fractions
 from igstore.normalisation import normalise
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage.reader import StoreReader
@@ -35,7 +36,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     store
         Path or URL of a store, or a `StoreReader`.
     p, keep, select, score, block, fill, order, seed
-        As `igstore.masking.MaskOptions`.
+        As `igstore.masks.MaskOptions`.
     images
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.

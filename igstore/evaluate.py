@@ -20,8 +20,8 @@ import xarray as xr
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.errors import UserError
-from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
-from igstore.masks import FILLS, SELECTIONS
+from igstore.masking import MaskedImages
+from igstore.masks import FILLS, SELECTIONS, MaskOptions, warn_of_fractions
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
 from igstore.reporting.tables import article_tables

@@ -14,7 +14,7 @@ import dask
 from dask.callbacks import Callback
 
 from igstore import __version__, cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES, check_block, rank_blocks
+from igstore.blocks import DEFAULT_BLOCK, SCORES, check_block, rank_blocks, ranking_name
 from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
 from igstore.limits import usable_cores
@@ -91,7 +91,7 @@ def rank_store(
     ('absolute-4', 4)
     """
     block = check_block(block)
-    name = layout.ranking_name(score, block)
+    name = ranking_name(score, block)
     reader = StoreReader(store)
     if not reader.records:
         raise UserError(f"no shard of {reader.root} is finished: there is nothing to rank; go on with `igstore build`")

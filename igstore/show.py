@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from igstore import cli
 from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
 from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
-from igstore.masks import FILLS, SELECTIONS
+from igstore.masking import Images, MaskedImages
+from igstore.masks import FILLS, SELECTIONS, MaskOptions, warn_of_fractions
 from igstore.names import as_seen
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage import files

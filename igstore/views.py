@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from igstore.blocks import DEFAULT_BLOCK
 from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
+from igstore.masking import Images, MaskedImages
+from igstore.masks import MaskOptions, warn_of_fractions
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray

@@ -17,7 +17,7 @@ from igstore.batches import MaskedBatch, MaskedBatches
 from igstore.building import provenance
 from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.results import Pairing, Shown, settings_sha256

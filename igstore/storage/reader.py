@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import block_grid
+from igstore.blocks import block_grid, ranking_parts
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.storage import layout
@@ -221,7 +221,7 @@ class RankingReader(Sharded):
     """
 
     def __init__(self, store: StoreReader, name: str) -> None:
-        parts = layout.ranking_parts(name)
+        parts = ranking_parts(name)
         if parts is None:
             raise StoreNotFoundError(f"{name!r} is not the name of a ranking; it must be like positive-3")
         self.score, self.block = parts
@@ -388,7 +388,7 @@ class StoreReader(Sharded):
     @property
     def rankings(self) -> list[str]:
         """Names of the rankings that the store has, finished or not."""
-        return [name for name in self.form.rankings() if layout.ranking_parts(name)]
+        return [name for name in self.form.rankings() if ranking_parts(name)]
 
     def attribution_sha256(self, record: dict[str, Any]) -> str:
         """The checksum of the maps of the shard that `record` is of."""

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from igstore.blocks import ranking_parts
 from igstore.schema import BuildSpec
-from igstore.storage import layout
 from igstore.storage.files import PARTIAL, Folder, is_of_another_machine, temporaries
 
 Arrays = dict[str, NDArray[Any]]
@@ -100,7 +100,7 @@ def leftovers(store: Path) -> list[Path]:
 
 
 def _is_orphan(store: Path, ranking: str) -> bool:
-    return bool(layout.ranking_parts(ranking)) and not (store / "ranks" / ranking / "zarr.json").exists()
+    return bool(ranking_parts(ranking)) and not (store / "ranks" / ranking / "zarr.json").exists()
 
 
 def sweep(store: Folder, *, is_alone: bool, now: float) -> None:

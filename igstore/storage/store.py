@@ -24,7 +24,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from igstore.blocks import block_grid
+from igstore.blocks import block_grid, ranking_parts
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
@@ -190,7 +190,7 @@ def contents(
     compress = attributes.get("compress")
     for group in (path / "ranks").glob(f"*/{_ROOT}"):
         name = group.parent.name
-        parts = layout.ranking_parts(name)
+        parts = ranking_parts(name)
         if parts:
             ranks = ranking_metadata(spec, len(image_ids), name, block=parts[1], attributes={}, compress=compress)
             wanted |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
@@ -294,7 +294,7 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
     path
         The store.
     name
-        As `layout.ranking_name` gives it.
+        As `igstore.blocks.ranking_name` gives it.
     block
         Side of a block in pixels.
     attributes

@@ -25,7 +25,19 @@ from igstore.masks import FILLS, SELECTIONS, MaskOptions, warn_of_fractions
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
 from igstore.reporting.tables import article_tables
-from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select, as_path, several
+from igstore.schema import (
+    FAILED,
+    NOT_BUILT,
+    Fill,
+    ForwardPrecision,
+    Keep,
+    Order,
+    Score,
+    Select,
+    as_path,
+    check_choice,
+    several,
+)
 from igstore.storage.reader import StoreReader
 from igstore.wording import option
 
@@ -72,6 +84,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     device: str = "auto",
+    precision: ForwardPrecision = "float32",
     batch_size: int | None = None,
     limit: int | None = None,
     show_progress: bool = False,
@@ -102,6 +115,8 @@ def evaluate(
         Replace the results of an earlier evaluation that are there.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    precision
+        ``float32``; ``tf32``, on GPUs; or ``float16``, which is fastest on GPUs. A few predictions may differ.
     batch_size
         Images that a network is shown at once; None is 32 on a CPU, 128 on a GPU.
     limit
@@ -125,6 +140,7 @@ def evaluate(
     >>> [(row.p, row.n) for row in found.rows]
     [(90.0, 4), (50.0, 4)]
     """
+    from igstore.attribution import check_precision
     from igstore.building.devices import find_device
     from igstore.reporting.showing import ShowingPlan, show
 
@@ -136,6 +152,8 @@ def evaluate(
     on = find_device(device)
     if out is not None:
         check_out(out, overwrite=overwrite)
+    check_choice("precision", precision, ForwardPrecision)
+    check_precision(precision, on)
     _check_labels(readers)
     for reader in readers:  # before weights are fetched from far
         source = MaskedImages(reader, images)
@@ -147,7 +165,7 @@ def evaluate(
         ShowingPlan(store, some, cells, images=images, limit=limit, batch_size=batch_size, device=on)
         for store, some in zip(readers, shown_to, strict=True)
     ]
-    shown = show(plans, show_progress=show_progress)
+    shown = show(plans, precision=precision, show_progress=show_progress)
     evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
     if out is not None:
         write_report(out, evaluation.rows, evaluation.predictions, overwrite=overwrite)
@@ -297,6 +315,12 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier evaluation there")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=cli.choices_of(ForwardPrecision),
+        help="arithmetic of the networks; tf32 and float16 are faster on GPUs, and a few predictions may differ",
+    )
     parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
     return parser
 

@@ -30,6 +30,7 @@ Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
 Reduce = Literal["sum", "positive", "absolute", "none"]
 Precision = Literal["float32", "mixed", "tf32", "float16"]
+ForwardPrecision = Literal["float32", "tf32", "float16"]  # where there are no gradients
 FormerPrecision = Literal["bfloat16_backward"]  # of stores that earlier versions made; none is computed any more
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 

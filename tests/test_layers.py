@@ -16,7 +16,7 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 LAYERS = """
 errors locks names reading wording limits schema files addresses progress cli commands completion parts
 freed_memory quadrature blocks masks memory ambient modules choices convolutions activations fusion guard
-acceleration
+acceleration transfer
 points filters reference kernels launches steps graph scales tracing integral stem
 imagenet images normalisation weights baselines models adapters attribution layout zarr_metadata given_maps hdf5
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store

@@ -20,6 +20,7 @@ from igstore.engine.guard import is_out_of_memory
 from igstore.engine.lines.integral import OnLines
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import hoist_stem
+from igstore.engine.transfer import to_device, to_host
 from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.freed_memory import freed_memory_kept
@@ -247,7 +248,7 @@ class Attributor:
         spec = self.spec
         x = self._normalise(pixels)
         baselines = self._baselines(pixels, image_ids)
-        label = self._on_device(labels.astype(np.int64))
+        label = to_device(labels.astype(np.int64), self.device)
         with numerics(spec.precision, self.device):
             scores = logits(self.network, x, self.batch_size).float()  # (image, class)
         target = label if spec.target == "label" else scores.argmax(dim=1)
@@ -260,7 +261,7 @@ class Attributor:
             "first_output": select_output(scores, target, spec.output).double(),
             "size": scores.abs().amax(dim=1).double() if spec.output == "logit" else torch.ones_like(target).double(),
         }
-        wait = _on_host(common | _stored(found))
+        wait = to_host(common | _stored(found))
         noise = _NOISE.get(spec.precision, _FLOAT32_NOISE)
 
         def result() -> Arrays:
@@ -272,7 +273,7 @@ class Attributor:
                     place = torch.from_numpy(wrong).to(self.device)
                     with fresh_torch(self.device):
                         again = self._gradients(x[place], baselines[place], target[place], "float32")
-                    for name, values in _on_host(_stored(again))().items():
+                    for name, values in to_host(_stored(again))().items():
                         arrays[name][wrong] = values
             finite = arrays.pop("finite")
             return arrays | {"reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON)}
@@ -335,7 +336,7 @@ class Attributor:
         return max(1, (torch.cuda.max_memory_allocated(self.device) - before) // steps)
 
     def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
-        on_device = self._on_device(pixels)
+        on_device = to_device(pixels, self.device)
         return normalise(on_device, self.spec.preprocessing).contiguous(memory_format=torch.channels_last)
 
     def _baselines(self, pixels: NDArray[np.uint8], image_ids: Sequence[str]) -> torch.Tensor:
@@ -347,11 +348,6 @@ class Attributor:
             spec.baseline, pixels[some], mean=spec.preprocessing.mean, image_ids=image_ids[some], seed=spec.seed
         )
         return self._normalise(made).expand(len(pixels), -1, -1, -1)
-
-    def _on_device(self, values: NDArray[Any]) -> torch.Tensor:
-        """A copy on the device, for which the host does not wait."""
-        host = torch.from_numpy(np.ascontiguousarray(values))
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
 
 def _stored(found: Attributions) -> dict[str, torch.Tensor]:
@@ -369,24 +365,6 @@ def _stored(found: Attributions) -> dict[str, torch.Tensor]:
         "n_steps": found.n_steps,
         "finite": finite,
     }
-
-
-def _on_host(tensors: dict[str, torch.Tensor]) -> Callable[[], Arrays]:
-    """A function that waits for the tensors and returns copies; the device is asked for them now."""
-    if not any(tensor.is_cuda for tensor in tensors.values()):
-        return lambda: {name: tensor.numpy() for name, tensor in tensors.items()}
-    host = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
-    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
-
-    def wait() -> Arrays:
-        arrived.synchronize()
-        return {name: tensor.numpy() for name, tensor in host.items()}
-
-    return wait
 
 
 def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequence[str]) -> None:

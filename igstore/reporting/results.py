@@ -37,8 +37,8 @@ class Pairing:
         Of those settings, the ones that a reader asks for first.
     model, weights, weights_sha256
         The model that the images were shown to.
-    device, igstore_version, torch_version
-        What computed its outputs.
+    precision, device, igstore_version, torch_version
+        What computed its outputs, and in which arithmetic.
     """
 
     store: str
@@ -55,6 +55,7 @@ class Pairing:
     model: str
     weights: str
     weights_sha256: str
+    precision: str = "float32"
     device: str
     igstore_version: str
     torch_version: str

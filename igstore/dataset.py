@@ -12,7 +12,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
-from igstore.blocks import DEFAULT_BLOCK
 from igstore.freed_memory import keep_freed_memory
 from igstore.masking import MaskedImages
 from igstore.masks import MaskOptions, warn_of_fractions
@@ -79,15 +78,15 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     def __init__(
         self,
         store: str | os.PathLike[str] | StoreReader,
-        p: float = 50,
-        keep: Keep = "bottom",
+        p: float = MaskOptions.p,
+        keep: Keep = MaskOptions.keep,
         *,
-        select: Select = "mass",
-        score: Score = "positive",
-        block: int = DEFAULT_BLOCK,
-        fill: Fill = "black",
-        order: Order = "attribution",
-        seed: int = 0,
+        select: Select = MaskOptions.select,
+        score: Score = MaskOptions.score,
+        block: int = MaskOptions.block,
+        fill: Fill = MaskOptions.fill,
+        order: Order = MaskOptions.order,
+        seed: int = MaskOptions.seed,
         images: Any = None,
         where: ArrayLike | None = None,
         transform: Callable[[torch.Tensor], Any] | None = None,

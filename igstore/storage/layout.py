@@ -115,12 +115,15 @@ def listed(spec: BuildSpec, image_ids: Iterable[str], labels: NDArray[np.integer
     return {"image_id": ids, "label": labels.astype(variables(spec)["label"].dtype)}
 
 
-def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
-    """Every variable that a build computes, for `count` images that hold nothing yet: what a failed image keeps."""
+def unbuilt(spec: BuildSpec, count: int, omitted: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+    """The variables of `count` images that hold nothing yet, which is what a failed image keeps; none that are listed.
+
+    Those that are `omitted` are left out.
+    """
     lengths = sizes(spec)
     return {
         name: np.full((count, *(lengths[dim] for dim in variable.dims[1:])), variable.fill_value, variable.dtype)
-        for name, variable in variables(spec).items()
+        for name, variable in variables(spec, omitted).items()
         if name not in LISTED
     }
 

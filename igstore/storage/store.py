@@ -276,6 +276,13 @@ def check_there(folder: Folder, spec: BuildSpec, n_images: int) -> StoreReader:
     return store
 
 
+def _check_still_there(folder: Folder, store: StoreReader, root: bytes | None) -> None:
+    """As `check_there`, of a store whose metadata were `root`; where they still are, it is not opened again."""
+    check_in_place(folder)
+    if folder.read(_ROOT) != root:
+        check_there(folder, store.spec, store.n_images)
+
+
 def _opened(folder: Folder) -> StoreReader:
     check_in_place(folder)
     try:
@@ -448,6 +455,7 @@ def _write_pieces(
                 f"shard {shard} of {name} is {values.dtype} {values.shape}; it must be {variable.dtype} {expected}: "
                 "only whole shards are written"
             )
+    root = folder.read(_ROOT)
     folder.remove(group.record_file(shard))  # from here to the end, the shard does not exist
     sums = {}
     for name, file in group.shard_files(shard).items():
@@ -460,7 +468,7 @@ def _write_pieces(
         if name not in layout.LISTED or not _holds(folder.path / file, bytes(pieces[0])):
             _write(folder, file, *pieces)
         sums[file] = files.checksum_of(pieces)
-    check_there(folder, store.spec, store.n_images)
+    _check_still_there(folder, store, root)
     content = files.sealed({"shard": shard, "images": [first, last], **record, "files": sums})
     folder.write_json(group.record_file(shard), content)
     return content

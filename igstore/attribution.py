@@ -23,7 +23,17 @@ from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import FormerPrecision, Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.schema import (
+    DEFAULT_METHOD,
+    BuildSpec,
+    FormerPrecision,
+    Method,
+    Output,
+    Precision,
+    Reduce,
+    check_choice,
+    whole_number,
+)
 from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
@@ -154,11 +164,11 @@ def integrated_gradients(
     baselines: Tensor,
     targets: Tensor,
     *,
-    method: Method = "riemann_right",
-    n_steps: int = 50,
-    output: Output = "logit",
-    reduce: Reduce = "sum",
-    precision: Precision | FormerPrecision = "float32",
+    method: Method = DEFAULT_METHOD,
+    n_steps: int = BuildSpec.n_steps,
+    output: Output = BuildSpec.output,
+    reduce: Reduce = BuildSpec.reduce,
+    precision: Precision | FormerPrecision = BuildSpec.precision,
     batch_size: int = 16,
     max_error: float | None = None,
     max_steps: int | None = None,

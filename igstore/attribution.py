@@ -162,8 +162,6 @@ def integrated_gradients(
     reduce: Reduce = "sum",
     precision: Precision = "float32",
     batch_size: int = 16,
-    max_error: float | None = None,
-    max_steps: int | None = None,
 ) -> Attributions:
     """Integrated Gradients of `network` along the straight path from `baselines` to `inputs`.
 
@@ -191,10 +189,6 @@ def integrated_gradients(
         has such instructions and igstore's kernel is not compiled).
     batch_size
         (image, step) pairs per gradient evaluation, at most.
-    max_error, max_steps
-        Both or neither, and only for ``riemann_right``: double the m of an image while its completeness error exceeds
-        `max_error` and 2m is at most `max_steps`. Only the new points are evaluated, and the result is that of the
-        rule at the final m.
 
     Returns
     -------
@@ -203,7 +197,7 @@ def integrated_gradients(
     Raises
     ------
     UserError
-        Unknown method, output, reduction or precision; too few steps; `max_error` with another rule.
+        Unknown method, output, reduction or precision; too few steps.
     ModelError
         The network does not return (pair, class).
 
@@ -216,8 +210,6 @@ def integrated_gradients(
     check_choice("output", output, Output)
     check_choice("reduce", reduce, Reduce)
     batch_size = whole_number("batch_size", batch_size, 1)
-    if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
-        raise UserError("max_error and max_steps go together, and with method riemann_right")
     _check_tensors(network, inputs, baselines, targets)
     alphas, weights = rule(method, n_steps)
     stem: nn.Module = nn.Identity()
@@ -227,7 +219,6 @@ def integrated_gradients(
     lines = network if precision == "mixed" and isinstance(network, OnLines) else None
     if isinstance(network, OnLines):
         body = network.network
-    steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
         # what was made in inference mode can have no gradient
@@ -242,38 +233,21 @@ def integrated_gradients(
         def select(scores: Tensor, some: Tensor) -> Tensor:
             return select_output(scores, some, output)
 
-        def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-            if lines is not None:
-                lines.add_gradients(sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size)
-                return
+        images = list(range(len(inputs)))
+        if lines is not None:
+            lines.add_gradients(sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size)
+        else:
             with backward:
                 _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
-
-        def error(attributions: Tensor) -> Tensor:
-            total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)
-            return completeness_error(total, f_x - f_b)
-
-        add(list(range(len(inputs))), alphas, weights)
         if alphas[-1] != 1:  # the path ended before the images
             f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
-        m = n_steps
-        while max_error is not None and max_steps is not None and 2 * m <= max_steps:
-            # a linear stem does not change the sum of the attributions
-            rough = ((error(difference * sums) > max_error) & (steps == m)).nonzero()[:, 0].tolist()
-            if not rough:
-                break
-            # the points of 2m steps that those of m steps lack; the old ones count half from now on
-            sums[rough] /= 2
-            add(rough, np.arange(1, 2 * m, 2) / (2 * m), np.full(m, 1 / (2 * m)))
-            m *= 2
-            steps[rough] = m
         attributions = (inputs - baselines) * _transpose(stem, inputs, sums)  # (image, channel, y, x)
         return Attributions(
             maps=reduce_channels(attributions, reduce),
             output=f_x,
             baseline_output=f_b,
-            completeness_error=error(attributions),
-            n_steps=steps,
+            completeness_error=completeness_error(attributions.flatten(1).sum(dim=1, dtype=torch.float64), f_x - f_b),
+            n_steps=torch.full_like(targets, n_steps),
         )
 
 

@@ -50,8 +50,6 @@ def build_store(
     output: Output = "logit",
     method: Method = "riemann_right",
     n_steps: int = 50,
-    max_error: float | None = None,
-    max_steps: int | None = None,
     precision: Precision = "float32",
     reduce: Reduce = "sum",
     pixels: bool = True,
@@ -86,7 +84,7 @@ def build_store(
         Replaces the model's own. For a bare network the default is the size that all images have, and ``pixels / 255``.
     split, labels
         As `find_images` takes them; only with a path.
-    baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
+    baseline, target, output, method, n_steps, precision, reduce, pixels, shard_size, seed
         The settings of `BuildSpec`, which decide what the maps are.
     limit
         Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
@@ -149,8 +147,6 @@ def build_store(
             "output": output,
             "method": method,
             "n_steps": n_steps,
-            "max_error": max_error,
-            "max_steps": max_steps,
             "precision": precision,
             "reduce": reduce,
             "pixels": pixels,
@@ -240,10 +236,6 @@ def parser() -> cli.Parser:
     )
     how.add_argument("--target", default="prediction", choices=cli.choices_of(Target), help="class that is attributed")
     how.add_argument("--output", default="logit", choices=cli.choices_of(Output), help="what is attributed")
-    how.add_argument(
-        "--max-error", type=float, metavar="E", help="double the steps while the completeness error exceeds E"
-    )
-    how.add_argument("--max-steps", type=cli.positive, metavar="M", help="but not beyond M steps")
     how.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
     how.add_argument(
         "--precision",

@@ -18,7 +18,7 @@ from igstore.building import provenance
 from igstore.engine.acceleration import accelerate
 from igstore.engine.transfer import one_behind, to_device, to_host
 from igstore.errors import ModelError, UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.results import Pairing, Shown, settings_sha256

@@ -464,7 +464,7 @@ def test_whoever_is_waited_for_is_named_and_waiting_can_be_interrupted(run, stor
 
 
 def test_a_second_builder_says_what_it_sees_and_harms_nothing(run, store, folder, whole):
-    first = run(*build(folder, store), slow=0.02)
+    first = run(*build(folder, store), slow=0.1)  # long enough for the others to start on a busy machine
     first.until(lambda: has_begun(store))
     second = run(*build(folder, store), slow=0.01)
     refused = run(*build(folder, store, "--overwrite"))

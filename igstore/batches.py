@@ -95,6 +95,11 @@ class MaskedBatches:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __repr__(self) -> str:
+        n_images = sum(map(len, self._runs))
+        cells = f"{len(self._cells)} mask{'s' * (len(self._cells) != 1)}"
+        return f"<MaskedBatches: {n_images} images of {self._source.where} in {len(self)} batches, {cells}>"
+
     def __iter__(self) -> Iterator[MaskedBatch]:
         constants = _Constants(self._cells, self._networks, self._device)
         loading: deque[tuple[Images, Future[Tensors]]] = deque()

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
+from igstore.cli import printable
 from igstore.freed_memory import keep_freed_memory
 from igstore.masking import MaskedImages
 from igstore.masks import MaskOptions, warn_of_fractions
@@ -178,4 +179,4 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
 def _describe(store: StoreReader) -> list[str]:
     failed, missing = ((store.status == status).sum() for status in (FAILED, NOT_BUILT))
     left_out = [f"Left out: {failed} failed, {missing} not built"] if failed or missing else []
-    return [f"Made by: {store.spec.model}, weights {store.spec.weights}", *left_out]
+    return [printable(f"Made by: {store.spec.model}, weights {store.spec.weights}"), *left_out]

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
@@ -23,7 +21,7 @@ from igstore.masks import MaskOptions, warn_of_fractions
 from igstore.option_groups import add_options
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
-from igstore.reporting.tables import article_tables
+from igstore.reporting.tables import article_tables, overview
 from igstore.schema import (
     FAILED,
     NOT_BUILT,
@@ -49,21 +47,30 @@ if TYPE_CHECKING:
 
 Store = str | os.PathLike[str] | StoreReader
 
+_MOST_LINES = 40  # of a screen
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found. Printed, or shown by a notebook, it is a table of the top-1 accuracies.
 
     Attributes
     ----------
     rows
-        One `Row` for each store, model and mask.
+        One `Row` for each store, model and mask: accuracies with intervals, the share of visible pixels, the
+        provenance. ``pandas.DataFrame(rows)`` is a table of them.
     predictions
         The predicted class of every image; see `igstore.reporting.results.predictions`.
     """
 
     rows: list[Row]
     predictions: xr.Dataset
+
+    def __repr__(self) -> str:
+        return "\n\n".join(table.text() for table in overview(self.rows, _MOST_LINES))
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(table.markdown() for table in overview(self.rows, _MOST_LINES))
 
 
 def evaluate(
@@ -318,14 +325,6 @@ def main(argv: Sequence[str]) -> int:
         output.note(f"results in {options['out']}")
     return cli.DONE
 
-
-class _CallableModule(ModuleType):
-    """Importing this module sets the package's attribute ``evaluate`` to it, which must remain the function."""
-
-    __call__ = staticmethod(evaluate)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     raise SystemExit(cli.run(main))

@@ -193,7 +193,7 @@ def everything(folder: Path, classifier: Classifier | None) -> dict[str, np.ndar
     curves = insertion_deletion(path, made, steps=3)
     found |= {name: curves[name].values for name in curves.data_vars if curves[name].dtype.kind == "f"}
     if classifier is None:
-        assert verify_store(path, recompute=2) == []
+        assert verify_store(path, recompute=2, model=made) == []
     maps = np.stack([found["attribution"]] * 3, axis=1).astype(np.float32)
     imported = folder / "imported.zarr"
     import_maps(maps, made, pictures(), imported, made_by="test")

@@ -289,12 +289,22 @@ def test_json_has_no_numbers_that_json_has_not(capsys):
 def test_progress_in_a_log_file_is_whole_lines(monkeypatch):
     log = io.StringIO()  # not a terminal
     monkeypatch.setattr(sys, "stderr", log)
-    with Progress(3, label="work") as progress:
+    with Progress(5, done=2, label="work") as progress:
+        # at once, so that a slow start does not look like a hang
+        assert log.getvalue() == "work: 2/5 images\n"
         for _ in range(3):
             progress.advance(1)
     assert "\r" not in log.getvalue()
     assert "\x1b" not in log.getvalue()
-    assert [line.partition(",")[0] for line in log.getvalue().splitlines()] == ["work: 3/3 images"]
+    assert [line.partition(",")[0] for line in log.getvalue().splitlines()] == ["work: 2/5 images", "work: 5/5 images"]
+
+
+def test_progress_of_what_is_often_done_at_once_is_not_shown_at_once(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with Progress(3, label="check", patience=60) as progress:
+        progress.advance(3)
+    assert log.getvalue() == ""
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Attributor:
         self._finished = 0.0  # when the last results were there
         self.batch_size = batch_size or 1
         height, width = spec.preprocessing.crop
-        probe = torch.zeros(1, 3, height, width, device=device)
+        probe = torch.zeros(1, 3, height, width, dtype=torch.float32, device=device)
         # whether a rewritten network is the same shows in float32 alone
         with self._failures(), numerics("float32", device):
             mixed = spec.precision == "mixed"

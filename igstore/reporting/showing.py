@@ -114,8 +114,8 @@ def show(plans: Sequence[ShowingPlan], *, precision: ForwardPrecision, show_prog
 
 
 def _prepared(classifier: Classifier, precision: ForwardPrecision, device: torch.device) -> nn.Module:
-    probe = torch.zeros(1, 3, *classifier.preprocessing.crop, device=device)
     with numerics("float32", device):
+        probe = torch.zeros(1, 3, *classifier.preprocessing.crop, device=device)
         network = accelerate(adapted(classifier, "logit").network, probe, own_convolutions=precision == "float32")
     return _InFloat16(network) if precision == "float16" else network
 

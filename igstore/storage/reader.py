@@ -333,6 +333,9 @@ class StoreReader(Sharded):
         )
         self._scalars: dict[str, NDArray[Any]] = {}
 
+    def __repr__(self) -> str:
+        return f"<StoreReader: {self.where}, {self.n_images} images, maps of {self.spec.model!r}>"
+
     @classmethod
     def of(cls, store: str | os.PathLike[str] | StoreReader) -> StoreReader:
         """A reader of what a user named by its path, its URL or a reader."""
@@ -354,7 +357,9 @@ class StoreReader(Sharded):
             variable = self.variables[name]
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
-            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=self._recorded)
+            # labels and ids are there before their shard is, so a shard without a record is no error here
+            recorded = self.records.get
+            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=recorded)
             for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]

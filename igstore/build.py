@@ -53,8 +53,6 @@ def build_store(
     output: Output = BuildSpec.output,
     method: Method = DEFAULT_METHOD,
     n_steps: int = BuildSpec.n_steps,
-    max_error: float | None = BuildSpec.max_error,
-    max_steps: int | None = BuildSpec.max_steps,
     precision: Precision = DEFAULT_PRECISION,
     reduce: Reduce = BuildSpec.reduce,
     pixels: bool = BuildSpec.pixels,
@@ -90,7 +88,7 @@ def build_store(
         For a bare network the default is the size that all images have, and ``pixels / 255``.
     split, labels
         As `find_images` takes them; only with a path.
-    baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
+    baseline, target, output, method, n_steps, precision, reduce, pixels, shard_size, seed
         The settings of `BuildSpec`, which decide what the maps are.
     limit
         Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
@@ -156,8 +154,6 @@ def build_store(
         output=output,
         method=method,
         n_steps=n_steps,
-        max_error=max_error,
-        max_steps=max_steps,
         precision=precision,
         reduce=reduce,
         pixels=pixels,
@@ -214,10 +210,6 @@ def parser() -> cli.Parser:
     how.add_argument("--n-steps", type=cli.positive, metavar="M", help="gradient evaluations an image")
     how.add_argument("--method", choices=cli.choices_of(Method), help="quadrature rule")
     add_options(how, "baseline", "target", "output", "reduce")
-    how.add_argument(
-        "--max-error", type=float, metavar="E", help="double the steps while the completeness error exceeds E"
-    )
-    how.add_argument("--max-steps", type=cli.positive, metavar="M", help="but not beyond M steps")
     how.add_argument(
         "--precision",
         choices=cli.choices_of(Precision),

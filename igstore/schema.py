@@ -204,8 +204,8 @@ class BuildSpec:
     method, n_steps
         The quadrature rule, and its gradient evaluations an image, 1 to 32767.
     max_error, max_steps
-        Both or neither: the steps of an image are doubled while its completeness error exceeds `max_error` and they
-        stay within `max_steps`.
+        None in what is built now. Earlier versions could double the steps of an image while its completeness error
+        exceeded `max_error`, up to `max_steps`; their stores record both.
     precision
         Arithmetic of the gradients, as `igstore.attribution.integrated_gradients` has it.
     reduce
@@ -277,19 +277,12 @@ class BuildSpec:
             object.__setattr__(self, field, whole_number(field, getattr(self, field), least, most))
         if not isinstance(self.pixels, bool):
             raise UserError(f"{option('pixels')} is {self.pixels!r:.80}; it must be True or False")
-        max_error, max_steps = option("max_error"), option("max_steps")
         if (self.max_error is None) != (self.max_steps is None):
-            raise UserError(f"{max_error} and {max_steps} go together: give both, or neither")
-        if self.max_error is not None and self.max_steps is not None:
+            raise UserError("max_error and max_steps are recorded together, or neither is")
+        if self.max_steps is not None:
             if self.method != "riemann_right":
-                raise UserError(
-                    f"{max_error} needs {option('method')} riemann_right, whose points for m steps are among those for "
-                    f"2m; {option('method')} is {self.method}"
-                )
-            if not _is_finite(self.max_error) or self.max_error <= 0:
-                raise UserError(f"{max_error} is {self.max_error!r:.80}; it must be a positive number, e.g. 0.05")
-            object.__setattr__(self, "max_error", float(self.max_error))
-            object.__setattr__(self, "max_steps", whole_number("max_steps", self.max_steps, self.n_steps, MOST_STEPS))
+                raise UserError(f"steps can be doubled with method riemann_right only; method is {self.method}")
+            whole_number("max_steps", self.max_steps, self.n_steps, MOST_STEPS)
 
     @property
     def made_by(self) -> str:

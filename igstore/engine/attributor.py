@@ -303,8 +303,6 @@ class Attributor:
             reduce=spec.reduce,
             precision=precision,
             batch_size=self.batch_size,
-            max_error=spec.max_error,
-            max_steps=spec.max_steps,
         )
 
     def _pictures(self) -> torch.Tensor:

@@ -27,7 +27,7 @@ from igstore.masks import MaskOptions
 from igstore.reporting.results import Row, settings_sha256
 from igstore.reporting.results_folder import read_rows
 from igstore.reporting.tables import Table, article_tables, images_of, kinds, percent
-from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
+from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, BuildSpec, Keep
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
 
@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that the study makes")
     parser.add_argument("--models", nargs="+", default=list(ARTICLE["top"]), help="default: the article's four")
     parser.add_argument("--weights", nargs="+", help="one for each model, or one for all; default: their own")
-    parser.add_argument("--n-steps", type=cli.positive, default=50, help="gradient evaluations an image")
+    parser.add_argument("--n-steps", type=cli.positive, default=BuildSpec.n_steps, help="gradient evaluations an image")
     parser.add_argument("--limit", type=cli.positive, help="only the first so many images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)

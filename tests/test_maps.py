@@ -121,6 +121,7 @@ class Chooser(nn.Module):
             return nn.functional.adaptive_max_pool2d(x, (x.shape[2] // 2, x.shape[3] // 2))
         patches = nn.functional.unfold(x, 2, stride=2).unflatten(1, (x.shape[1], 4))
         chosen = {
+            "norm": lambda: patches.norm(p=float("inf"), dim=2),
             "max": lambda: patches.max(dim=2).values,
             "sort": lambda: patches.sort(dim=2, stable=True, descending=True).values[:, :, 0],
             "argmax": lambda: patches.gather(2, patches.argmax(dim=2, keepdim=True))[:, :, 0],
@@ -135,7 +136,7 @@ class Chooser(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1))
 
 
-@pytest.mark.parametrize("way", ["max_pool2d", "adaptive_max_pool2d", "max", "sort", "argmax"])
+@pytest.mark.parametrize("way", ["max_pool2d", "adaptive_max_pool2d", "max", "sort", "argmax", "norm"])
 def test_ways_to_choose(way):
     """The network that pools is the reference for all: they choose the same."""
     preprocessing = Preprocessing(resize=None, crop=(64, 64), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

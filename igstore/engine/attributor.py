@@ -287,7 +287,8 @@ def _check_same(first: torch.Tensor, second: torch.Tensor, noise: torch.Tensor, 
         image = int(different.argmax())
         raise ModelError(
             f"the network gives {first[image]:.4g} and then {second[image]:.4g} for image {image_ids[image]}: "
-            "something in its forward pass is random, so its maps would be too; switch that off"
+            "something in its forward pass is random, so its maps would be too; switch that off (or, where nothing is, it "
+            "amplifies float32's rounding, and its maps would mean little)"
         )
 
 

@@ -25,11 +25,15 @@ Method = Literal[
     "riemann_right", "riemann_left", "riemann_middle", "riemann_trapezoid", "gausslegendre", "quadratic_midpoint"
 ]
 IMPORTED = "imported"  # the method of maps that were made elsewhere
+DEFAULT_METHOD: Method = "riemann_right"
 Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
 Reduce = Literal["sum", "positive", "absolute", "none"]
-Precision = Literal["float32", "mixed", "tf32", "float16", "bfloat16_backward"]
+Precision = Literal["float32", "mixed", "tf32", "float16"]
+DEFAULT_PRECISION: Precision = "float32"
+ForwardPrecision = Literal["float32", "tf32", "float16"]  # where there are no gradients
+FormerPrecision = Literal["bfloat16_backward"]  # of stores that earlier versions made; none is computed any more
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 Score = Literal["positive", "absolute", "signed"]
@@ -38,6 +42,7 @@ Keep = Literal["top", "bottom"]
 Fill = Literal["black", "mean", "image_mean", "blur", "noise"]
 Order = Literal["attribution", "random"]
 Compress = Literal["zstd"]
+Split = Literal["val", "train"]
 
 # `status` of an image
 NOT_BUILT, BUILT, FAILED = 0, 1, 2
@@ -235,11 +240,11 @@ class BuildSpec:
     baseline: Baseline = "black"
     target: Target = "prediction"
     output: Output = "logit"
-    method: Literal[Method, "imported"] = "riemann_right"
+    method: Literal[Method, "imported"] = DEFAULT_METHOD
     n_steps: int = 50  # 0 for imported maps
     max_error: float | None = None
     max_steps: int | None = None
-    precision: Precision = "float32"
+    precision: Precision | FormerPrecision = DEFAULT_PRECISION
     reduce: Reduce = "sum"
     pixels: bool = True
     shard_size: int = 500
@@ -253,7 +258,7 @@ class BuildSpec:
             ("baseline", Baseline),
             ("target", Target),
             ("output", Output),
-            ("precision", Precision),
+            ("precision", (*get_args(Precision), *get_args(FormerPrecision))),
             ("reduce", Reduce),
         ):
             check_choice(field, getattr(self, field), choices)

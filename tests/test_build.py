@@ -200,7 +200,7 @@ class TestGoingOn:
             ({"output": "probability"}, "output"),
             ({"method": "gausslegendre"}, "method"),
             ({"precision": "float16"}, "precision"),
-            ({"precision": "bfloat16_backward"}, "precision"),
+            ({"precision": "mixed"}, "precision"),
             ({"reduce": "absolute"}, "reduce"),
             ({"pixels": False}, "pixels"),
             ({"shard_size": 9}, "shard_size"),

@@ -27,7 +27,7 @@ from igstore import (
     verify_store,
 )
 from igstore.errors import UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.storage.reader import StoreReader
 
 MODEL = favourite(1, 2, count=5)

@@ -68,19 +68,6 @@ def test_under_autocast_the_stem_stays_in_float32():
     assert (found - expected).norm() < 5e-3 * expected.norm()  # float16 has 11 bits
 
 
-def test_with_gradients_in_bfloat16_the_stem_stays_in_float32():
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(8 * 9 * 9, 5)).eval()
-    x = images(2, 20, torch.float32)
-    hoisted = hoist_stem(network.requires_grad_(False), x[:1])
-    assert isinstance(hoisted, Hoisted)
-    settings = {"baselines": torch.zeros_like(x), "targets": torch.tensor([0, 1]), "n_steps": 4}
-    exact, rough = (
-        integrated_gradients(hoisted, x, precision=precision, **settings).maps
-        for precision in ("float32", "bfloat16_backward")
-    )
-    assert torch.equal(rough, exact)  # there is no other convolution
-
-
 def test_the_stem_runs_once_an_image_not_once_a_step():
     hoisted = hoist_stem(seeded(Smooth), images(1, 20, torch.float32))
     seen = []

@@ -390,13 +390,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, range]] = {
 def attributed(monkeypatch) -> list[str]:
     """The ids of the images that are attributed from now on."""
     ids = []
-    attribute = Attributor.__call__
+    submit = Attributor.submit
 
     def spy(self, pixels, labels, image_ids, reasons):
         ids.extend(image_ids)
-        return attribute(self, pixels, labels, image_ids, reasons)
+        return submit(self, pixels, labels, image_ids, reasons)
 
-    monkeypatch.setattr(Attributor, "__call__", spy)
+    monkeypatch.setattr(Attributor, "submit", spy)
     return ids
 
 

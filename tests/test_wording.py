@@ -92,7 +92,7 @@ MISTAKES = {
     "show toy.zarr --out picture.jpg": "--out is picture.jpg",
     "evaluate toy.zarr --p 101 --models networks:Smooth": "--p is 101",
     f"evaluate toy.zarr --models {NETWORK} --weights a b": "2 weights for 1 models",
-    "evaluate toy.zarr": "give --weights for it, or --models",
+    "evaluate toy.zarr": "give --weights for it, or name a model yourself: --models",
     "evaluate toy.zarr --device tpu": "--device is 'tpu'",
     "curves toy.zarr --steps 9999": "--steps is 9999",
     "report photographs --out page.pdf": "--out is page.pdf",

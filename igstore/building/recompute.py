@@ -21,10 +21,11 @@ from igstore.storage.reader import StoreReader
 from igstore.wording import option
 
 _BATCH = 16  # images in memory at a time
-# Other batches, threads or devices of one precision stay above it; in bfloat16 they may round at other places.
-_LEAST_IOU = {"float32": 0.99, "tf32": 0.99, "float16": 0.99, "bfloat16_backward": 0.98}
+# Other batches, threads or devices of one precision stay above it. Where forward passes are rounded, two roundings
+# agree about as well as one does with float32: 0.954 in tf32 and 0.912 in float16, measured with EfficientNet-Lite0.
+_LEAST_IOU = {"float32": 0.99, "mixed": 0.98, "tf32": 0.92, "float16": 0.86}
 # Relative to the output, or to 1 if it is smaller.
-_OUTPUT_ERROR = {"float32": 1e-3, "tf32": 1e-2, "float16": 1e-2, "bfloat16_backward": 1e-3}
+_OUTPUT_ERROR = {"float32": 1e-3, "mixed": 1e-3, "tf32": 1e-2, "float16": 1e-2}
 
 
 class Recomputation:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import IMAGENET
 from PIL import Image
 from test_tables import ROW
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from igstore.models import Classifier, classifier_from_module
 from igstore.reporting.results_folder import read_rows
 from igstore.schema import Preprocessing
 from pipelines import article
+
+SEED = IMAGENET.parent / "seed.txt"  # the article
 
 WNIDS = ("n01440764", "n01443537", "n02123045")
 
@@ -126,7 +128,7 @@ def test_an_evaluation_of_other_settings_is_done_again(data: Path, tmp_path: Pat
 def published() -> dict[str, dict[str, tuple[float, ...]]]:
     """The numbers of Tables 1 and 2, from the article's text."""
     found: list[dict[str, tuple[float, ...]]] = []
-    for line in (SHARED / "seed.txt").read_text().splitlines():
+    for line in SEED.read_text().splitlines():
         if line.startswith("Model Original"):
             found.append({})
         elif row := re.fullmatch(r"(VGG-16|Inception V3|ResNet-50|DenseNet-121)((?: \d+\.\d+){5})", line):
@@ -135,7 +137,7 @@ def published() -> dict[str, dict[str, tuple[float, ...]]]:
     return dict(zip(("top", "bottom"), found, strict=False))
 
 
-@pytest.mark.skipif(not (SHARED / "seed.txt").exists(), reason="needs ../shared/seed.txt")
+@pytest.mark.skipif(not SEED.exists(), reason="needs ../shared/seed.txt")
 def test_the_published_numbers_are_the_articles() -> None:
     assert published() == article.ARTICLE
 

@@ -14,7 +14,7 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors locks names reading wording limits schema files addresses progress cli commands completion parts
+errors compiled locks names reading wording limits schema files addresses progress cli commands completion parts
 freed_memory quadrature blocks masks memory ambient modules choices convolutions activations fusion guard
 acceleration
 backward points filters reference kernels launches steps graph scales tracing integral stem
@@ -34,7 +34,8 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors locks names reading wording limits schema files addresses progress cli commands completion parts schedulers
+errors compiled locks names reading wording limits schema files addresses progress cli commands completion parts
+schedulers
 build imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair decoding pixels masking views info rank verify

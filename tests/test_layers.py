@@ -23,7 +23,7 @@ mapped cache servers remote sources arrays zarr_form hdf5_form reader staging pr
 contents integrity repair
 decoding pixels masking schedulers
 views dataset batches
-devices provenance plan attributor importer shards worker processes cluster proportions results texts tables
+devices provenance plan attributor importer shards worker processes cluster results texts tables
 results_folder
 info rank recompute verify
 appearing copies hdf5_writer interchange export merge
@@ -40,7 +40,7 @@ build imported given_maps evaluate freed_memory quadrature blocks masks imagenet
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge
-show view proportions results texts tables
+show view results texts tables
 results_folder charts curves findings figures summaries page sections report
 """.split()
 

@@ -34,8 +34,6 @@ _KEEPS: tuple[Keep, Keep] = ("top", "bottom")  # one row of panels each
 # Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
 FOR_TARGET, AGAINST_TARGET = (213, 94, 0), (0, 114, 178)
 _FULL_COLOUR = 0.99  # the quantile of an image's absolute values from which the colour is full; the viewer has the same
-    0.99  # as the viewer has it: this quantile of an image's absolute values and all above it get the full colour
-)
 
 # pixels of the picture
 _PANEL = 200  # panels are at least so wide and high: small images are enlarged by a whole number

@@ -20,7 +20,7 @@ _HOMES = {
     "Classifier": "models",
     "Evaluation": "evaluate",
     "IgstoreError": "errors",
-    "MaskOptions": "masking",
+    "MaskOptions": "masks",
     "MaskedBatches": "batches",
     "MaskedImageNet": "dataset",
     "Preprocessing": "schema",
@@ -64,7 +64,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from igstore.imported import import_maps as import_maps
     from igstore.info import StoreInfo as StoreInfo
     from igstore.info import store_info as store_info
-    from igstore.masking import MaskOptions as MaskOptions
+    from igstore.masks import MaskOptions as MaskOptions
     from igstore.merge import merge_stores as merge_stores
     from igstore.models import Classifier as Classifier
     from igstore.models import classifier_from_module as classifier_from_module

@@ -8,7 +8,7 @@ the integral taken by one of `igstore.quadrature`'s rules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from igstore.engine.ambient import fresh_torch
-from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.lines.integral import OnLines
 from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.schema import (
+    DEFAULT_METHOD,
+    BuildSpec,
+    FormerPrecision,
+    Method,
+    Output,
+    Precision,
+    Reduce,
+    check_choice,
+    whole_number,
+)
 from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
@@ -59,17 +68,15 @@ class Attributions:
     n_steps: Tensor
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
+def check_precision(precision: Precision | FormerPrecision, device: torch.device) -> None:
     """Raise `UserError` where `device` has no such arithmetic."""
     check_choice("precision", precision, Precision)
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"{option('precision')} tf32 is a mode of CUDA devices; the device is {device}: use float32")
-    if precision == "bfloat16_backward" and device.type != "cpu":
-        raise UserError(f"{option('precision')} bfloat16_backward is for CPUs; the device is {device}: use tf32")
 
 
 @contextmanager
-def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
+def numerics(precision: Precision | FormerPrecision, device: torch.device) -> Iterator[None]:
     """Fix the arithmetic of everything inside, whatever the caller has set in torch, which is restored afterwards.
 
     It is as `igstore.engine.ambient.fresh_torch` says, with tf32 or float16 autocast where that is the precision.
@@ -108,7 +115,8 @@ def select_output(scores: Tensor, targets: Tensor, output: Output) -> Tensor:
 
 def _baseline_logits(network: nn.Module, baselines: Tensor, batch_size: int) -> Tensor:
     """As `logits`; of baselines that are all the same, once."""
-    if bool((baselines == baselines[:1]).all()):
+    # to compare them the host would wait for a GPU, which an expanded tensor spares it
+    if baselines.stride(0) == 0 or (baselines.device.type == "cpu" and bool((baselines == baselines[:1]).all())):
         return logits(network, baselines[:1], batch_size).expand(len(baselines), -1)
     return logits(network, baselines, batch_size)
 
@@ -156,14 +164,12 @@ def integrated_gradients(
     baselines: Tensor,
     targets: Tensor,
     *,
-    method: Method = "riemann_right",
-    n_steps: int = 50,
-    output: Output = "logit",
-    reduce: Reduce = "sum",
-    precision: Precision = "float32",
+    method: Method = DEFAULT_METHOD,
+    n_steps: int = BuildSpec.n_steps,
+    output: Output = BuildSpec.output,
+    reduce: Reduce = BuildSpec.reduce,
+    precision: Precision | FormerPrecision = BuildSpec.precision,
     batch_size: int = 16,
-    max_error: float | None = None,
-    max_steps: int | None = None,
 ) -> Attributions:
     """Integrated Gradients of `network` along the straight path from `baselines` to `inputs`.
 
@@ -186,15 +192,11 @@ def integrated_gradients(
     reduce
         How channels become one map: ``sum`` of a, of max(a, 0) (``positive``), of abs(a) (``absolute``), or ``none``.
     precision
-        ``float32`` (tf32 off), ``tf32`` (CUDA only), ``float16`` (autocast, scaled gradients; sums stay float32), or
-        ``bfloat16_backward`` (CPU only: float32 forwards, bfloat16 backwards; faster than float32 where the processor
-        has such instructions and igstore's kernel is not compiled).
+        ``float32`` (tf32 off); ``mixed``, of an `igstore.engine.lines.integral.OnLines` alone (forward passes as exact
+        as float32, backward passes in float16; of other networks it is float32); ``tf32`` (CUDA only); or ``float16``
+        (autocast, scaled gradients; sums stay float32).
     batch_size
         (image, step) pairs per gradient evaluation, at most.
-    max_error, max_steps
-        Both or neither, and only for ``riemann_right``: double the m of an image while its completeness error exceeds
-        `max_error` and 2m is at most `max_steps`. Only the new points are evaluated, and the result is that of the
-        rule at the final m.
 
     Returns
     -------
@@ -203,7 +205,7 @@ def integrated_gradients(
     Raises
     ------
     UserError
-        Unknown method, output, reduction or precision; too few steps; `max_error` with another rule.
+        Unknown method, output, reduction or precision; too few steps.
     ModelError
         The network does not return (pair, class).
 
@@ -216,8 +218,6 @@ def integrated_gradients(
     check_choice("output", output, Output)
     check_choice("reduce", reduce, Reduce)
     batch_size = whole_number("batch_size", batch_size, 1)
-    if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
-        raise UserError("max_error and max_steps go together, and with method riemann_right")
     _check_tensors(network, inputs, baselines, targets)
     alphas, weights = rule(method, n_steps)
     stem: nn.Module = nn.Identity()
@@ -227,8 +227,6 @@ def integrated_gradients(
     lines = network if precision == "mixed" and isinstance(network, OnLines) else None
     if isinstance(network, OnLines):
         body = network.network
-    steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
-    backward = Bfloat16Backward() if precision == "bfloat16_backward" else nullcontext()
     with numerics(precision, inputs.device):
         # what was made in inference mode can have no gradient
         inputs, baselines = (one.clone() if one.is_inference() else one for one in (inputs, baselines))
@@ -242,38 +240,19 @@ def integrated_gradients(
         def select(scores: Tensor, some: Tensor) -> Tensor:
             return select_output(scores, some, output)
 
-        def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-            if lines is not None:
-                lines.add_gradients(sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size)
-                return
-            with backward:
-                _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
-
-        def error(attributions: Tensor) -> Tensor:
-            total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)
-            return completeness_error(total, f_x - f_b)
-
-        add(list(range(len(inputs))), alphas, weights)
+        if lines is not None:
+            lines.add_gradients(sums, f_x, alphas, weights, first, difference, targets, select, batch_size)
+        else:
+            _add_gradients(sums, f_x, alphas, weights, body, first, difference, targets, output, batch_size)
         if alphas[-1] != 1:  # the path ended before the images
             f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
-        m = n_steps
-        while max_error is not None and max_steps is not None and 2 * m <= max_steps:
-            # a linear stem does not change the sum of the attributions
-            rough = ((error(difference * sums) > max_error) & (steps == m)).nonzero()[:, 0].tolist()
-            if not rough:
-                break
-            # the points of 2m steps that those of m steps lack; the old ones count half from now on
-            sums[rough] /= 2
-            add(rough, np.arange(1, 2 * m, 2) / (2 * m), np.full(m, 1 / (2 * m)))
-            m *= 2
-            steps[rough] = m
         attributions = (inputs - baselines) * _transpose(stem, inputs, sums)  # (image, channel, y, x)
         return Attributions(
             maps=reduce_channels(attributions, reduce),
             output=f_x,
             baseline_output=f_b,
-            completeness_error=error(attributions),
-            n_steps=steps,
+            completeness_error=completeness_error(attributions.flatten(1).sum(dim=1, dtype=torch.float64), f_x - f_b),
+            n_steps=torch.full_like(targets, n_steps),
         )
 
 
@@ -314,7 +293,6 @@ def _transpose(stem: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
 def _add_gradients(
     sums: Tensor,
     f_x: Tensor,
-    images: list[int],
     alphas: NDArray[np.float64],
     weights: NDArray[np.float64],
     network: nn.Module,
@@ -324,23 +302,23 @@ def _add_gradients(
     output: Output,
     batch_size: int,
 ) -> None:
-    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`.
+    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for each image i.
 
     Where the last alpha is 1, ``f_x[i]`` becomes the output there.
     """
     scaled = torch.is_autocast_enabled(sums.device.type)
     m, dtype, device = len(alphas), sums.dtype, sums.device
     # (pair,), in the order of images; on the device at once, so that nothing in the loop waits for it
-    image = torch.tensor(images, device=device).repeat_interleave(m)
-    alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
-    weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
+    image = torch.arange(len(sums), device=device).repeat_interleave(m)
+    alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(sums))[:, None, None, None]
+    weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(sums))[:, None, None, None]
     count = -(-len(image) // batch_size)
     batch_size = -(-len(image) // count)  # as many batches, of one size: a small one takes longer an item
     for begin in range(0, len(image), batch_size):
         end = min(begin + batch_size, len(image))
         # the batch's part of every image that it has steps of
         parts = [
-            (images[place], slice(max(begin, place * m), min(end, (place + 1) * m)))
+            (place, slice(max(begin, place * m), min(end, (place + 1) * m)))
             for place in range(begin // m, (end - 1) // m + 1)
         ]
         points = torch.cat([torch.addcmul(start[i, None], alpha[part], difference[i, None]) for i, part in parts])
@@ -354,7 +332,7 @@ def _add_gradients(
                 f_x[i] = outputs[part.stop - 1 - begin]
 
 
-def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+def to_float16(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Maps as float16 with a power-of-two scale per image, so that their size does not decide their precision.
 
     Parameters
@@ -368,8 +346,8 @@ def to_float16(maps: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[
         float16 (image, ...), the maps divided by their scale, and float32 (image,), the power of two that brings the
         largest absolute value into [1, 2); 1 for an all-zero map.
     """
-    largest = np.abs(maps).reshape(len(maps), -1).max(axis=1, initial=0)
-    _, exponent = np.frexp(largest)  # largest = f * 2**exponent with f in [0.5, 1)
-    scale = np.where(largest > 0, np.ldexp(np.float32(1), exponent - 1), np.float32(1)).astype(np.float32)
-    shape = (len(maps),) + (1,) * (maps.ndim - 1)
-    return (maps / scale.reshape(shape)).astype(np.float16), scale
+    largest = maps.abs().flatten(1).amax(dim=1)
+    _, exponent = torch.frexp(largest)  # largest = f * 2**exponent with f in [0.5, 1)
+    # a power of two in float64 is exact on every device once it is rounded to float32
+    scale = torch.where(largest > 0, torch.exp2(exponent.double() - 1), 1.0).float()
+    return (maps / scale.view(-1, *(1,) * (maps.ndim - 1))).half(), scale

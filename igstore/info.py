@@ -174,7 +174,7 @@ def describe(info: StoreInfo) -> list[str]:
     settings = info.settings
     height, width = settings["crop"]
     steps = f"{settings['n_steps']} steps"
-    if settings["max_error"] is not None:
+    if settings["max_error"] is not None:  # of a store that an earlier version built
         steps += f", doubled up to {settings['max_steps']} while the completeness error exceeds {settings['max_error']}"
     made = f"{settings['method']}, {steps}"
     if settings["method"] == IMPORTED:

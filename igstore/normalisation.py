@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,19 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     A new tensor of the same shape, on the same device; float32, or the dtype of floating pixels.
     """
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
-    mean, std = (
-        torch.tensor(values, dtype=dtype, device=pixels.device).view(3, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
+    mean, std = _mean_and_std(preprocessing, dtype, pixels.device)
     return pixels.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(64)
+def _mean_and_std(preprocessing: Preprocessing, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    # kept, since the host waits for a GPU wherever it hands it numbers
+    with torch.inference_mode(False):
+        mean, std = (
+            torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+    return mean, std
 
 
 def normalisation_table(preprocessing: Preprocessing) -> Tensor:

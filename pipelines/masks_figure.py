@@ -56,12 +56,12 @@ def clock() -> Image.Image:
         draw.line([at(minute / 60, face - 16), at(minute / 60, face - 16 - length)], _INK, width)
     for hour in range(1, 13):
         draw.text(at(hour / 12, face - 104), str(hour), _INK, ImageFont.load_default(64), anchor="mm")
-    for turn, length, colour, width in (
+    for turn, reach, colour, width in (
         ((10 + 9 / 60) / 12, 0.5, _INK, 20),
         (9 / 60, 0.74, _INK, 13),
         (34 / 60, 0.8, _RED, 5),
     ):
-        draw.line([at(turn, -50), at(turn, length * face)], colour, width)
+        draw.line([at(turn, -50), at(turn, reach * face)], colour, width)
     draw.ellipse(disc(18), fill=_INK)
     return picture.resize((512, 512), Image.Resampling.LANCZOS)
 

@@ -17,7 +17,6 @@ from torch import nn
 from igstore.compiled import kernels_allowed
 from igstore.engine import convolutions
 from igstore.engine.acceleration import accelerate
-from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.convolutions import Convolution, fits, use_convolutions
 from igstore.errors import ModelError, UserError
 from pipelines.bench.floor import count_work
@@ -436,21 +435,6 @@ def test_accelerated_networks_have_it_on_cpus():
     assert [type(module) for module in fast.children()][2] is Convolution
     x = torch.randn(2, 3, 20, 20)
     assert_close(fast(x), network.eval().double()(x.double()).detach())
-
-
-@needs_kernel
-def test_gradients_in_bfloat16():
-    direct = convolution(32, 64)
-    module = Convolution(direct)
-    x = torch.randn(2, 32, 12, 12, requires_grad=True)
-    with Bfloat16Backward():
-        outputs = module(x)
-    assert torch.equal(outputs, module(x))  # forwards it stays float32
-    gradient = torch.randn(outputs.shape)
-    (found,) = torch.autograd.grad(outputs, x, gradient)
-    (expected,) = torch.autograd.grad(direct(x), x, gradient)
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    assert 1e-4 < difference < 2e-2  # bfloat16 has 8 bits
 
 
 # --- Where it cannot be

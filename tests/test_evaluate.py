@@ -26,7 +26,8 @@ import igstore
 from igstore import cli, masks
 from igstore.errors import ModelError, SettingsMismatchError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.evaluate import evaluate, main
-from igstore.masking import MaskedImages, MaskOptions
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions
 from igstore.models import Classifier, classifier_from_module
 from igstore.reporting.results import NOT_SHOWN, Row
 from igstore.reporting.results_folder import read_rows

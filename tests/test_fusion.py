@@ -15,7 +15,6 @@ from torch.nn import functional
 from igstore.engine import convolutions
 from igstore.engine.acceleration import accelerate
 from igstore.engine.activations import keep_results, simplify_batch_norm
-from igstore.engine.backward import Bfloat16Backward
 from igstore.engine.convolutions import Convolution, use_convolutions
 from igstore.engine.fusion import fuse
 
@@ -200,28 +199,6 @@ def test_a_wrong_gradient_leaves_the_network_as_it_is(monkeypatch, caplog, faili
     assert not isinstance(fast, fx.GraphModule)
     assert [type(module) for module in fast.children()] == [nn.Conv2d, nn.ReLU, nn.Flatten]
     assert f"without own convolutions ({message}" in caplog.text
-
-
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_gradients_in_bfloat16(activation):
-    """Each rounding costs one part in 256 of what is rounded."""
-
-    def make(network: Network, x: Tensor) -> Tensor:
-        y = network.norm(x)
-        y = network.first(network.relu(network.norm(network.second(y) + y)))
-        return getattr(network, activation)(y + x)
-
-    network = Network(make)
-    found = fused(network, torch.randn(1, 16, 9, 11))
-    x = torch.randn(2, 16, 9, 11, requires_grad=True)
-    with Bfloat16Backward():
-        rounded = found(x.clone())
-    outputs = found(x.clone())
-    assert torch.equal(rounded, outputs)
-    gradient = torch.randn(outputs.shape)
-    (one,) = torch.autograd.grad(rounded, x, gradient)
-    (other,) = torch.autograd.grad(outputs, x, gradient)
-    assert 1e-4 < float((one - other).norm() / other.norm()) < 2e-2
 
 
 @pytest.mark.parametrize(

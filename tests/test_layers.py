@@ -14,11 +14,11 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors compiled locks names reading wording limits schema files addresses progress cli commands completion parts
-freed_memory quadrature blocks masks memory ambient modules choices convolutions activations fusion guard
-acceleration
-backward points filters reference kernels launches steps graph scales tracing integral stem
-imagenet images normalisation weights baselines models adapters attribution layout zarr_metadata given_maps hdf5
+errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands completion parts
+freed_memory quadrature blocks masks memory ambient modules weights choices convolutions activations fusion guard
+acceleration transfer
+points filters reference kernels launches steps graph scales tracing integral stem
+imagenet images normalisation baselines models adapters attribution layout zarr_metadata given_maps hdf5
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
 contents integrity repair
 decoding pixels masking schedulers
@@ -34,7 +34,7 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors compiled locks names reading wording limits schema files addresses progress cli commands completion parts
+errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands completion parts
 schedulers
 build imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store

@@ -19,7 +19,7 @@ from igstore.schema import Preprocessing
 logger = logging.getLogger(__name__)
 
 _JOBS_AHEAD = 3
-_MOST_WORKERS = 8
+_MOST_WORKERS = 16
 
 _Result = NDArray[np.uint8] | str
 
@@ -37,7 +37,7 @@ class Job:
 
 
 def most_workers() -> int:
-    """Threads that are worth having: one a core, at most 8."""
+    """Threads that are worth having: one a core, at most 16."""
     return min(_MOST_WORKERS, usable_cores())
 
 

@@ -21,10 +21,11 @@ from igstore.storage.reader import StoreReader
 from igstore.wording import option
 
 _BATCH = 16  # images in memory at a time
-# Other batches, threads or devices of one precision stay above it; in bfloat16 they may round at other places.
-_LEAST_IOU = {"float32": 0.99, "tf32": 0.99, "float16": 0.99, "bfloat16_backward": 0.98}
+# Other batches, threads or devices of one precision stay above it. Where forward passes are rounded, two roundings
+# agree about as well as one does with float32: 0.954 in tf32 and 0.912 in float16, measured with EfficientNet-Lite0.
+_LEAST_IOU = {"float32": 0.99, "mixed": 0.98, "tf32": 0.92, "float16": 0.86}
 # Relative to the output, or to 1 if it is smaller.
-_OUTPUT_ERROR = {"float32": 1e-3, "tf32": 1e-2, "float16": 1e-2, "bfloat16_backward": 1e-3}
+_OUTPUT_ERROR = {"float32": 1e-3, "mixed": 1e-3, "tf32": 1e-2, "float16": 1e-2}
 
 
 class Recomputation:
@@ -50,6 +51,11 @@ class Recomputation:
             raise UserError(
                 f"the maps of {store.where} were made by {store.spec.maps_by}, and imported: igstore cannot make them "
                 f"again; leave {option('recompute')} out"
+            )
+        if store.spec.max_steps is not None:
+            raise UserError(
+                f"an earlier version built {store.where} and doubled the steps of some images, which this igstore "
+                f"cannot do; leave {option('recompute')} out"
             )
         built = np.flatnonzero(store.status == BUILT)
         self._store = store

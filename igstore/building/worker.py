@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from igstore.building.decoding import Decoder, Job
 from igstore.building.plan import Build
 from igstore.building.shards import ShardWriter
 from igstore.engine.attributor import Arrays, Attributor
+from igstore.engine.transfer import one_behind
 from igstore.limits import free_memory
 from igstore.models import Classifier
 from igstore.schema import BUILT, FAILED
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 _COPIES = 3  # of the parameters, while a network is made faster
 
 # Gradient evaluations in a unit, the work that a kill can cost: under a minute on two cores, about a second on a GPU.
-_UNIT_EVALUATIONS = {"cpu": 200, "cuda": 5000}
+_UNIT_EVALUATIONS = {"cpu": 200, "cuda": 10000}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ def _say_if_short_of_memory(classifier: Classifier) -> None:
             "process; allow it more memory",
             *(classifier.name, cli.size(n_bytes), _COPIES, cli.size(free)),
         )
+
+
+def _with_job(job: Job, wait: Callable[[], Arrays]) -> tuple[Job, Arrays]:
+    return job, wait()
 
 
 class Worker:
@@ -145,11 +151,17 @@ class Worker:
             store = StoreReader(folder.path)
             listed = images.ids[: store.n_images], images.labels[: store.n_images]
             with ShardWriter(folder, spec, *listed, self._runtime) as writer:
-                for job, pixels, reasons in self._decoder.decode(self._jobs(shards, folder, store, writer, report)):
-                    arrays = self._attributor(pixels, *self._listed(job), reasons)
+                submitted = self._submitted(self._jobs(shards, folder, store, writer, report))
+                for job, arrays in one_behind(submitted, self._attributor.device):
                     writer.add(job, arrays, is_staged=False)
                     errors = arrays["completeness_error"][arrays["status"] == BUILT]
                     report(Advance(len(job), int(arrays["n_steps"].sum()), errors))
+
+    def _submitted(self, jobs: Iterable[Job]) -> Iterator[Callable[[], tuple[Job, Arrays]]]:
+        """Of each job in order, once the device has it, a function that waits for its arrays."""
+        for job, pixels, reasons in self._decoder.decode(jobs):
+            wait = self._attributor.submit(pixels, *self._listed(job), reasons)
+            yield partial(_with_job, job, wait)
 
     def _jobs(
         self, shards: Iterable[int], folder: Folder, store: StoreReader, writer: ShardWriter, report: Report
@@ -163,7 +175,7 @@ class Worker:
                 report(Advance(record["images"][1] - record["images"][0]))
                 continue
             for job in self._units(shard, *store.bounds(shard)):
-                staged = staging.load_unit(folder, store.spec, job.first, len(job))
+                staged = staging.load_unit(folder, store.spec, job.first, len(job), partial(self._pixels, job))
                 # a unit in which an image failed is done again whole, in the same batches
                 if staged is not None and not (staged["status"] == FAILED).any():
                     writer.add(job, staged, is_staged=True)
@@ -175,6 +187,10 @@ class Worker:
     def _units(self, shard: int, first: int, last: int) -> Iterator[Job]:
         for start in range(first, last, self._unit):
             yield Job(shard, start, min(start + self._unit, last))
+
+    def _pixels(self, job: Job) -> NDArray[np.uint8]:
+        ((_, pixels, _),) = self._decoder.decode([job])
+        return pixels
 
     def _listed(self, job: Job) -> tuple[NDArray[np.int32], Sequence[str]]:
         images = self._build.images

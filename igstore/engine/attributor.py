@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,26 +15,32 @@ from numpy.typing import NDArray
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics, select_output, to_float16
 from igstore.engine.acceleration import accelerate
 from igstore.engine.ambient import fresh_torch
-from igstore.engine.baselines import baseline_pixels
+from igstore.engine.baselines import CONSTANT_BASELINES, baseline_pixels
 from igstore.engine.guard import is_out_of_memory
 from igstore.engine.lines.integral import OnLines
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import hoist_stem
+from igstore.engine.transfer import to_device, to_host
 from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.freed_memory import freed_memory_kept
 from igstore.models import Classifier
 from igstore.normalisation import normalise
 from igstore.quadrature import rule
-from igstore.schema import BUILT, FAILED, BuildSpec
+from igstore.schema import BUILT, FAILED, BuildSpec, FormerPrecision, Precision
 from igstore.storage import layout
 
 Arrays = dict[str, NDArray[Any]]
+Floats = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
 
 # Batches beyond these gain nothing: a CPU is busy with 32 pairs, a large GPU is with 256.
 _LARGEST_BATCH = {"cpu": 32, "cuda": 256}
+_LARGEST_BATCH_ON_LINES = 512
+
+# Batches after which all that is compiled, chosen or captured when it is first used is there.
+_WARM_UP = {"cpu": 1, "cuda": 3}
 
 _REASON = np.dtype("<U200")  # a fixed width, so that units concatenate; longer reasons are cut
 
@@ -78,9 +84,10 @@ class Attributor:
         self.spec = spec
         self.device = device
         self._may_shrink = batch_size is None
+        self._finished = 0.0  # when the last results were there
         self.batch_size = batch_size or 1
         height, width = spec.preprocessing.crop
-        probe = torch.zeros(1, 3, height, width, device=device)
+        probe = torch.zeros(1, 3, height, width, dtype=torch.float32, device=device)
         # whether a rewritten network is the same shows in float32 alone
         with self._failures(), numerics("float32", device):
             mixed = spec.precision == "mixed"
@@ -90,7 +97,7 @@ class Attributor:
         with self._failures(), numerics(spec.precision, device):
             self.n_classes = logits(self.network, probe, 1).shape[1]
             if self._may_shrink:
-                self.batch_size = _fitting_batch(self.network, probe)
+                self.batch_size = self._fitting_batch(probe)
 
     def check_method(self, spec: BuildSpec) -> None:
         """Raise `UserError` unless the spec's method exists, with so many steps."""
@@ -137,56 +144,81 @@ class Attributor:
         OutOfMemoryError
             Batches of the size asked for, or of one, do not fit.
         """
+        return self.submit(pixels, labels, image_ids, reasons)()
+
+    def submit(
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str], reasons: Sequence[str]
+    ) -> Callable[[], Arrays]:
+        """As a call, but it returns once the device has been told what to do: a function that waits for the results.
+
+        On a GPU the next images can be submitted before the results of these are asked for, so that it never idles.
+        Results are to be asked for in order. On a CPU all is done at once.
+        """
         self.check_labels(labels, image_ids)
         started = time.monotonic()
         count = len(pixels)
-        arrays = layout.unbuilt(self.spec, count) | {
+        arrays = layout.unbuilt(self.spec, count, omitted=["pixels"]) | {
             "reason": np.array(reasons, dtype=_REASON),
             "in_top5": np.zeros(count, bool),
         }
-        good = arrays["reason"] == ""
-        if good.any():
-            ids = [image_id for image_id, readable in zip(image_ids, good, strict=True) if readable]
-            attributed = self._attribute_shrinking(pixels[good], labels[good], ids)
-            built = attributed["reason"] == ""
-            arrays["reason"][good] = attributed.pop("reason")
-            for name, values in attributed.items():
-                arrays[name][arrays["reason"] == ""] = values[built]
-        arrays["status"] = np.where(arrays["reason"] == "", BUILT, FAILED).astype(np.uint8)
-        if self.spec.pixels:
-            arrays["pixels"] = pixels
-        arrays["batch_size"] = np.full(count, self.batch_size, np.int32)
-        arrays["seconds"] = np.full(count, (time.monotonic() - started) / count)
-        return arrays
+        readable = arrays["reason"] == ""
+        good = _selection(readable)
+        wait: Callable[[], Arrays] = dict
+        if readable.any():
+            ids = [image_id for image_id, is_readable in zip(image_ids, readable, strict=True) if is_readable]
+            wait = self._submit_shrinking(pixels[good], labels[good], ids)
+        batch_size = self.batch_size
+
+        def result() -> Arrays:
+            attributed = wait()
+            if attributed:
+                built = _selection(attributed["reason"] == "")
+                arrays["reason"][good] = attributed.pop("reason")
+                to_fill = _selection(arrays["reason"] == "")
+                for name, values in attributed.items():
+                    arrays[name][to_fill] = values[built]
+            arrays["status"] = np.where(arrays["reason"] == "", BUILT, FAILED).astype(np.uint8)
+            if self.spec.pixels:
+                arrays["pixels"] = pixels
+            arrays["batch_size"] = np.full(count, batch_size, np.int32)
+            # while those before were under way, the device had not begun
+            seconds = time.monotonic() - max(started, self._finished)
+            self._finished = time.monotonic()
+            arrays["seconds"] = np.full(count, seconds / count)
+            return arrays
+
+        return result
 
     def measure_speed(self) -> float:
-        """Gradient evaluations a second, from two batches on a grey image, the first of which only warms up."""
+        """Gradient evaluations a second, from a few batches on a grey image, of which the first only warm up."""
         height, width = self.spec.preprocessing.crop
-        pixels = np.full((1, 3, height, width), 128, np.uint8)
-        for _ in range(2):
+        n_steps = min(self.spec.n_steps, self.batch_size)
+        n_images = self.batch_size // n_steps
+        grey = np.full((n_images, 3, height, width), 128, np.uint8)
+        for _ in range(_WARM_UP[self.device.type] + 1):
             started = time.monotonic()
             with fresh_torch(self.device), self._failures(), freed_memory_kept():
-                grey = self._normalise(pixels)
+                pixels = self._normalise(grey)
                 integrated_gradients(
                     self.network,
-                    grey,
-                    torch.zeros_like(grey),
-                    torch.zeros(1, dtype=torch.int64, device=self.device),
-                    n_steps=self.batch_size,
+                    pixels,
+                    torch.zeros_like(pixels),
+                    torch.zeros(n_images, dtype=torch.int64, device=self.device),
+                    n_steps=n_steps,
                     output=self.spec.output,
                     precision=self.spec.precision,
                     batch_size=self.batch_size,
                 ).maps.cpu()
             seconds = time.monotonic() - started
-        return self.batch_size / seconds
+        return n_images * n_steps / seconds
 
-    def _attribute_shrinking(
+    def _submit_shrinking(
         self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str]
-    ) -> Arrays:
+    ) -> Callable[[], Arrays]:
         while True:
             try:
                 with fresh_torch(self.device), self._failures(), freed_memory_kept():
-                    return self._attribute(pixels, labels, image_ids)
+                    return self._submit(pixels, labels, image_ids)
             except OutOfMemoryError:
                 if not self._may_shrink or self.batch_size == 1:
                     raise
@@ -211,44 +243,54 @@ class Attributor:
                 ) from error
             raise ModelError(f"the network failed ({type(error).__name__}: {first_line(error)})") from error
 
-    def _attribute(self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str]) -> Arrays:
+    def _submit(
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int32], image_ids: Sequence[str]
+    ) -> Callable[[], Arrays]:
+        """Have the device begin; the function that is returned waits for it. The host waits for nothing before."""
         spec = self.spec
         x = self._normalise(pixels)
-        baselines = baseline_pixels(
-            spec.baseline, pixels, mean=spec.preprocessing.mean, image_ids=image_ids, seed=spec.seed
-        )
+        baselines = self._baselines(pixels, image_ids)
+        label = to_device(labels.astype(np.int64), self.device)
         with numerics(spec.precision, self.device):
             scores = logits(self.network, x, self.batch_size).float()  # (image, class)
-        prediction = scores.argmax(dim=1)
-        label = torch.as_tensor(labels.astype(np.int64), device=self.device)
-        target = label if spec.target == "label" else prediction
-        found = self.explain(x, self._normalise(baselines), target, image_ids)
-        size = scores.abs().amax(dim=1) if spec.output == "logit" else torch.ones(len(scores))
-        noise = _NOISE.get(spec.precision, _FLOAT32_NOISE) * size
-        _check_same(select_output(scores, target, spec.output), found.output, noise, image_ids)
-        maps = found.maps.contiguous().cpu().numpy()
-        finite = np.isfinite(maps).reshape(len(maps), -1).all(axis=1)
-        finite &= (found.output.isfinite() & found.baseline_output.isfinite()).cpu().numpy()
-        maps[~finite] = 0
-        attribution, scale = to_float16(maps)
+        target = label if spec.target == "label" else scores.argmax(dim=1)
+        found = self.explain(x, baselines, target, image_ids)
         top5 = scores.topk(min(5, self.n_classes), dim=1).indices
-        return {
-            "attribution": attribution,
-            "scale": scale,
-            "target": target.cpu().numpy(),
-            "prediction": prediction.cpu().numpy(),
-            "output": found.output.cpu().numpy(),
-            "baseline_output": found.baseline_output.cpu().numpy(),
-            "completeness_error": found.completeness_error.cpu().numpy(),
-            "n_steps": found.n_steps.cpu().numpy(),
-            "reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON),
-            "in_top5": (top5 == label[:, None]).any(dim=1).cpu().numpy(),
+        common = {
+            "target": target,
+            "prediction": scores.argmax(dim=1),
+            "in_top5": (top5 == label[:, None]).any(dim=1),
+            "first_output": select_output(scores, target, spec.output).double(),
+            "size": scores.abs().amax(dim=1).double() if spec.output == "logit" else torch.ones_like(target).double(),
         }
+        wait = to_host(common | _stored(found))
+        noise = _NOISE.get(spec.precision, _FLOAT32_NOISE)
+
+        def result() -> Arrays:
+            with self._failures():
+                arrays = wait()
+                _check_same(arrays.pop("first_output"), arrays["output"], noise * arrays.pop("size"), image_ids)
+                wrong = np.flatnonzero(~arrays["finite"])
+                if spec.precision == "mixed" and len(wrong):  # float16 has numbers up to 65504 only
+                    place = torch.from_numpy(wrong).to(self.device)
+                    with fresh_torch(self.device):
+                        again = self._gradients(x[place], baselines[place], target[place], "float32")
+                    for name, values in to_host(_stored(again))().items():
+                        arrays[name][wrong] = values
+            finite = arrays.pop("finite")
+            return arrays | {"reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON)}
+
+        return result
 
     def explain(
         self, x: torch.Tensor, baselines: torch.Tensor, targets: torch.Tensor, image_ids: Sequence[str]
     ) -> Attributions:
         """The maps of a few normalised images (image, 3, y, x), and the network's outputs for their targets."""
+        return self._gradients(x, baselines, targets, self.spec.precision)
+
+    def _gradients(
+        self, x: torch.Tensor, baselines: torch.Tensor, targets: torch.Tensor, precision: Precision | FormerPrecision
+    ) -> Attributions:
         spec = self.spec
         return integrated_gradients(
             self.network,
@@ -259,10 +301,8 @@ class Attributor:
             n_steps=spec.n_steps,
             output=spec.output,
             reduce=spec.reduce,
-            precision=spec.precision,
+            precision=precision,
             batch_size=self.batch_size,
-            max_error=spec.max_error,
-            max_steps=spec.max_steps,
         )
 
     def _pictures(self) -> torch.Tensor:
@@ -274,27 +314,72 @@ class Attributor:
         grain = torch.from_numpy(generator.normal(0, 8, (4, 3, height, width)).astype(np.float32))
         return self._normalise((smooth + grain).clamp(0, 255).numpy())
 
+    def _fitting_batch(self, probe: torch.Tensor) -> int:
+        """The largest power of two of pairs that half of the free memory holds, up to what the device can use."""
+        device = self.device.type
+        if isinstance(self.network, OnLines) and device == "cuda":
+            largest, n_bytes = min(_LARGEST_BATCH_ON_LINES, self.network.most_points), self._line_bytes(probe)
+        else:
+            largest, n_bytes = _LARGEST_BATCH[device], gradient_bytes(self.network, probe)
+        fitting = available_memory(self.device) // 2 // n_bytes
+        return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))
+
+    def _line_bytes(self, probe: torch.Tensor) -> int:
+        """Bytes that a point of a line takes, measured: kernels keep what torch's autograd does not know of."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        steps = 16
+        target = torch.zeros(1, dtype=torch.int64, device=self.device)
+        integrated_gradients(
+            self.network, probe, torch.zeros_like(probe), target, n_steps=steps, precision="mixed", batch_size=steps
+        )
+        return max(1, (torch.cuda.max_memory_allocated(self.device) - before) // steps)
+
     def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
-        on_device = torch.as_tensor(np.ascontiguousarray(pixels), device=self.device)
+        on_device = to_device(pixels, self.device)
         return normalise(on_device, self.spec.preprocessing).contiguous(memory_format=torch.channels_last)
 
+    def _baselines(self, pixels: NDArray[np.uint8], image_ids: Sequence[str]) -> torch.Tensor:
+        """Normalised, (image, 3, y, x); the same for all images, it is one, expanded."""
+        spec = self.spec
+        is_constant = spec.baseline in CONSTANT_BASELINES
+        some = slice(1 if is_constant else None)
+        made = baseline_pixels(
+            spec.baseline, pixels[some], mean=spec.preprocessing.mean, image_ids=image_ids[some], seed=spec.seed
+        )
+        return self._normalise(made).expand(len(pixels), -1, -1, -1)
 
-def _check_same(first: torch.Tensor, second: torch.Tensor, noise: torch.Tensor, image_ids: Sequence[str]) -> None:
+
+def _stored(found: Attributions) -> dict[str, torch.Tensor]:
+    """What a store keeps of attributions, by variable, and ``finite``: of which images all of it is."""
+    finite = found.maps.isfinite().flatten(1).all(dim=1)
+    finite &= found.output.isfinite() & found.baseline_output.isfinite()
+    shape = (-1, *(1,) * (found.maps.ndim - 1))
+    attribution, scale = to_float16(torch.where(finite.view(shape), found.maps, 0.0).contiguous())
+    return {
+        "attribution": attribution,
+        "scale": scale,
+        "output": found.output,
+        "baseline_output": found.baseline_output,
+        "completeness_error": found.completeness_error,
+        "n_steps": found.n_steps,
+        "finite": finite,
+    }
+
+
+def _selection(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | slice:
+    """What picks the images where a mask is true; all of them without a copy."""
+    return slice(None) if mask.all() else mask
+
+
+def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequence[str]) -> None:
     """Raise unless the network gave the same for the images, up to `noise`, when it saw them again; (image,) each."""
-    first, second, noise = (each.double().cpu() for each in (first, second, noise))
-    finite = first.isfinite() & second.isfinite()
-    same = torch.where(finite, (first - second).abs() <= noise, torch.isclose(first, second, equal_nan=True))
-    different = ~same.numpy()
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        near = np.abs(first - second) <= noise
+    different = ~(near | np.isclose(first, second, rtol=0, atol=0, equal_nan=True))
     if different.any():
         image = int(different.argmax())
         raise ModelError(
             f"the network gives {first[image]:.4g} and then {second[image]:.4g} for image {image_ids[image]}: "
             "something in its forward pass is random, so its maps would be too; switch that off"
         )
-
-
-def _fitting_batch(network: torch.nn.Module, probe: torch.Tensor) -> int:
-    """The largest power of two of pairs that half of the free memory holds, up to what the device can use."""
-    largest = _LARGEST_BATCH[probe.device.type]
-    fitting = available_memory(probe.device) // 2 // gradient_bytes(network, probe)
-    return max(1, min(largest, 1 << (fitting.bit_length() - 1) if fitting else 1))

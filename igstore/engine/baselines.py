@@ -45,6 +45,10 @@ BASELINES: dict[str, Callable[[Pixels, FillContext], Values]] = {
 }
 
 
+# Those that are the same for every image.
+CONSTANT_BASELINES = ("black", "mean", "white")
+
+
 def baseline_pixels(name: str, pixels: Pixels, *, mean: Sequence[float], image_ids: Sequence[str], seed: int) -> Values:
     """The baselines of a few images, in pixel values from 0 to 255: float32 (image, channel, y, x).
 

@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from igstore.cli import printable
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.schema import IMAGE, UNKNOWN_LABEL, BuildSpec, Fill, Keep, Order, Score, Select
 
 NOT_SHOWN = -1  # the predicted class of an image that a store does not have
@@ -36,8 +36,8 @@ class Pairing:
         Of those settings, the ones that a reader asks for first.
     model, weights, weights_sha256
         The model that the images were shown to.
-    device, igstore_version, torch_version
-        What computed its outputs.
+    precision, device, igstore_version, torch_version
+        What computed its outputs, and in which arithmetic.
     """
 
     store: str
@@ -54,6 +54,7 @@ class Pairing:
     model: str
     weights: str
     weights_sha256: str
+    precision: str = "float32"
     device: str
     igstore_version: str
     torch_version: str

@@ -11,7 +11,7 @@ from typing import TypeVar
 from igstore.errors import UserError
 from igstore.reporting.results import Row
 from igstore.reporting.texts import markdown
-from igstore.schema import Keep
+from igstore.schema import BuildSpec, Keep
 
 WIDTH = 100  # columns of a terminal
 _FRAME = 7  # lines of a table's title, of its note, three at most, of its header, and around them
@@ -200,9 +200,9 @@ def _how(row: Row) -> str:
     made = f"{row.baseline} baseline, {row.target} as target, {row.n_steps} steps"
     if row.is_imported:
         made = f"made by {row.method}, {row.target} as target"
-    unusual = [] if row.is_imported or row.method == "riemann_right" else [row.method]
-    unusual += [row.output] if row.output != "logit" else []
-    unusual += [f"{row.reduce} of the channels"] if row.reduce != "sum" else []
+    unusual = [] if row.is_imported or row.method == BuildSpec.method else [row.method]
+    unusual += [row.output] if row.output != BuildSpec.output else []
+    unusual += [f"{row.reduce} of the channels"] if row.reduce != BuildSpec.reduce else []
     return ", ".join([made, *unusual])
 
 

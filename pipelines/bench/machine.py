@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import harmonic_mean
 from typing import Any
 
 import torch
@@ -69,14 +68,10 @@ def matrix_rate(device: torch.device, precision: Precision = "float32") -> float
     """Floating-point operations a second at the machine's best: of a large matrix product, or of convolutions.
 
     The library for matrix products is not the fastest one on every processor: on an AMD one the convolutions are ahead.
-    Of ``bfloat16_backward`` it is the rate of as many operations in float32 as in bfloat16.
+    Of ``mixed`` it is that of float16 on GPUs.
     """
-    if precision == "bfloat16_backward":
-        return harmonic_mean([_matrix_rate(device, "float32", dtype) for dtype in (torch.float32, torch.bfloat16)])
-    return _matrix_rate(device, precision, torch.float16 if precision == "float16" else torch.float32)
-
-
-def _matrix_rate(device: torch.device, precision: Precision, dtype: torch.dtype) -> float:
+    is_half = precision == "float16" or (precision == "mixed" and device.type == "cuda")
+    dtype = torch.float16 if is_half else torch.float32
     generator = torch.Generator().manual_seed(0)
     side = _SIDE[device.type]
     one, other = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))

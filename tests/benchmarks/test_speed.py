@@ -19,7 +19,7 @@ from igstore.batches import MaskedBatches
 from igstore.blocks import block_ranks, block_shares, block_sums, rank_blocks
 from igstore.engine.acceleration import accelerate
 from igstore.engine.stem import hoist_stem
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.storage.reader import StoreReader
 
 N_IMAGES = 64
@@ -34,7 +34,7 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def maps() -> np.ndarray:
     values = np.random.default_rng(0).standard_normal((8, 224, 224)).astype(np.float32)
-    return to_float16(values)[0]
+    return to_float16(torch.from_numpy(values))[0].numpy()
 
 
 @pytest.fixture(autouse=True)

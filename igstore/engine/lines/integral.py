@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,20 +20,31 @@ from igstore.engine.lines.tracing import line_network
 Floats = NDArray[np.float64]
 Select = Callable[[Tensor, Tensor], Tensor]  # from scores (point, class) and targets (point,) to outputs (point,)
 _Found = tuple[Tensor, Tensor]
+_Tensors = TypeVar("_Tensors", bound=tuple[Tensor, ...])
+
+_MOST_NUMBERS = 2**31 - 1
 
 # Runs before a batch's kernels are captured: what is compiled or chosen at the first run must be there.
 _WARM_UP = 2
-_GRAPHS = 4  # kept
-_LAYOUTS = 400  # kept
+_GRAPHS = 6  # kept: of the full batches, the last one, and the same without gradients
+_LAYOUTS = 50  # kept
 
 
 class OnLines(nn.Module):
-    """A network beside its form for points of lines. Called, it is the network."""
+    """A network beside its form for points of lines. Called, it gives the network's outputs.
+
+    Attributes
+    ----------
+    most_points
+        How many points a batch may have, so that no tensor has more numbers than offsets of 32 bits reach.
+    """
 
     def __init__(self, network: nn.Module, lines: LineNetwork) -> None:
         super().__init__()
         self.network, self.lines = network, lines
+        self.most_points = _MOST_NUMBERS // lines.largest
         self._layouts: dict[bytes, _Layout] = {}
+        self._runs: dict[bytes, int] = {}
         self._graphs: dict[bytes, _Captured] = {}
 
     @classmethod
@@ -43,7 +54,9 @@ class OnLines(nn.Module):
         return None if lines is None else cls(network, lines)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the network makes of `inputs`."""
+        """The network's outputs on `inputs`; on CUDA devices without gradients, by the same kernels as on lines."""
+        if inputs.device.type == "cuda" and not torch.is_grad_enabled():
+            return torch.cat([self._scores(some) for some in torch.split(inputs, self.most_points)])
         outputs: Tensor = self.network(inputs)
         return outputs
 
@@ -51,7 +64,6 @@ class OnLines(nn.Module):
         self,
         sums: Tensor,
         f_x: Tensor,
-        images: list[int],
         alphas: Floats,
         weights: Floats,
         start: Tensor,
@@ -60,48 +72,67 @@ class OnLines(nn.Module):
         select: Select,
         batch_size: int,
     ) -> None:
-        """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`.
+        """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for each image i.
 
-        Where the last alpha is 1, ``f_x[i]`` becomes the output there.
+        Where the last alpha is 1, ``f_x[i]`` becomes the output there. Batches have whole images where they can.
         """
         m = len(alphas)
-        count = -(-len(images) * m // batch_size)
-        size = -(-len(images) * m // count)
-        for begin in range(0, len(images) * m, size):
-            end = min(begin + size, len(images) * m)
-            places = range(begin // m, (end - 1) // m + 1)
-            parts = [slice(max(begin - place * m, 0), min(end - place * m, m)) for place in places]
-            layout = self._layout([(alphas[part], weights[part]) for part in parts], sums.device)
-            chosen = torch.tensor([images[place] for place in places], device=sums.device)
+        batch_size = min(batch_size, self.most_points)
+        for chosen, part in _batches(len(sums), m, batch_size):
+            layout = self._layout([(alphas[part], weights[part])] * (chosen.stop - chosen.start), sums.device)
             found, outputs = self._integrate(layout, start[chosen], difference[chosen], targets[chosen], select)
             sums[chosen] += found
-            if alphas[-1] == 1:
-                ended = [place for place, part in enumerate(parts) if part.stop == m]
-                f_x[chosen[ended]] = outputs[layout.last[ended]].to(f_x.dtype)
+            if alphas[-1] == 1 and part.stop == m:
+                f_x[chosen] = outputs[layout.last].to(f_x.dtype)
 
     def _layout(self, parts: list[tuple[Floats, Floats]], device: torch.device) -> _Layout:
         key = b"".join(one.tobytes() + b"/" + other.tobytes() + b";" for one, other in parts)
         if key not in self._layouts:
-            if len(self._layouts) >= _LAYOUTS:  # images may have numbers of steps of their own
+            if len(self._layouts) >= _LAYOUTS:
                 self._layouts.clear()
             self._layouts[key] = _Layout.of(key, parts, device)
         return self._layouts[key]
 
+    def _scores(self, images: Tensor) -> Tensor:
+        """The outputs (image, class) on images, each of which is a reference at the start of a line of its own."""
+        layout = self._layout([(np.zeros(1), np.zeros(1))] * len(images), images.device)
+
+        def run(images: Tensor) -> tuple[Tensor]:
+            return (self.lines.scores(layout.path(images, torch.zeros_like(images))),)
+
+        (scores,) = self._run(b"scores " + layout.key, run, images)
+        return scores.clone()
+
     def _integrate(self, layout: _Layout, start: Tensor, difference: Tensor, targets: Tensor, select: Select) -> _Found:
         def run(start: Tensor, difference: Tensor, targets: Tensor) -> _Found:
             at_points = targets[layout.image]
-            path = Path(
-                start, difference, layout.points, layout.image, layout.alpha, layout.order, layout.begin,
-                layout.weights, _operations(start.device),
-            )  # fmt: skip
-            return self.lines.integrate(path, lambda scores: select(scores, at_points))
+            return self.lines.integrate(layout.path(start, difference), lambda scores: select(scores, at_points))
 
-        layout.runs += 1
-        if layout.key not in self._graphs:
-            if start.device.type != "cuda" or layout.runs <= _WARM_UP or len(self._graphs) >= _GRAPHS:
-                return run(start, difference, targets)
-            self._graphs[layout.key] = _Captured(run, start, difference, targets)
-        return self._graphs[layout.key](start, difference, targets)
+        return self._run(layout.key, run, start, difference, targets)
+
+    def _run(self, key: bytes, function: Callable[..., _Tensors], *inputs: Tensor) -> _Tensors:
+        """What the function makes of the inputs; on CUDA devices, from some runs on, as a graph for this key."""
+        if key not in self._graphs:
+            self._runs[key] = self._runs.get(key, 0) + 1
+            if inputs[0].device.type != "cuda" or self._runs[key] <= _WARM_UP or len(self._graphs) >= _GRAPHS:
+                return function(*inputs)
+            self._graphs[key] = _Captured(function, *inputs)
+        found: _Tensors = self._graphs[key](*inputs)
+        return found
+
+
+def _batches(n_images: int, m: int, batch_size: int) -> Iterator[tuple[slice, slice]]:
+    """Which images, and which of their m points, each batch has; batches are as equal as can be."""
+    if m <= batch_size:
+        count = -(-n_images // (batch_size // m))
+        size = -(-n_images // count)
+        for begin in range(0, n_images, size):
+            yield slice(begin, min(begin + size, n_images)), slice(0, m)
+        return
+    size = -(-m // -(-m // batch_size))
+    for image in range(n_images):
+        for begin in range(0, m, size):
+            yield slice(image, image + 1), slice(begin, min(begin + size, m))
 
 
 def _operations(device: torch.device) -> Any:
@@ -116,13 +147,13 @@ def _operations(device: torch.device) -> Any:
 class _Captured:
     """A function of tensors whose kernels are launched together, without Python: a CUDA graph."""
 
-    def __init__(self, function: Callable[..., _Found], *inputs: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
         self._inputs = [one.clone() for one in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = function(*self._inputs)
 
-    def __call__(self, *inputs: Tensor) -> _Found:
+    def __call__(self, *inputs: Tensor) -> Any:
         """The function's results, which the next call overwrites."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
@@ -138,8 +169,6 @@ class _Layout:
     ----------
     last
         Of each image, its last point in the batch's order, int64 (image,).
-    runs
-        Batches that had it.
     """
 
     key: bytes
@@ -150,7 +179,6 @@ class _Layout:
     begin: Tensor
     weights: Tensor
     last: Tensor
-    runs: int = 0
 
     @classmethod
     def of(cls, key: bytes, parts: list[tuple[Floats, Floats]], device: torch.device) -> _Layout:
@@ -172,3 +200,10 @@ class _Layout:
             weights=weights,
             last=order[torch.tensor(begin[1:] - 1, device=device)],
         )
+
+    def path(self, start: Tensor, difference: Tensor) -> Path:
+        """The points of images (image, channel, y, x), on their way by `difference`."""
+        return Path(
+            start, difference, self.points, self.image, self.alpha, self.order, self.begin, self.weights,
+            _operations(start.device),
+        )  # fmt: skip

@@ -109,6 +109,8 @@ class LineNetwork:
         The rest, in order.
     scores
         The node of the network's output.
+    largest
+        How many numbers the largest value has, of one point, both halves of pairs counting.
     """
 
     def __init__(
@@ -117,8 +119,9 @@ class LineNetwork:
         lines: Sequence[fx.Node],
         steps: Sequence[Step],
         scores: fx.Node,
+        largest: int,
     ) -> None:
-        self.steps = steps
+        self.steps, self.largest = steps, largest
         self._prefix, self._lines, self._scores = prefix, lines, scores
         last_use = {scores: len(steps)}
         for place, step in enumerate(steps):
@@ -136,24 +139,15 @@ class LineNetwork:
         select
             From scores (point, class) to outputs (point,), each of its own point's scores alone.
         """
+        backwards: list[Backward] = []
         with torch.enable_grad():
             start = path.start.detach().requires_grad_()
             at_start = self._prefix(start)
-        at_end = self._prefix(path.start + path.difference)
-        held: Held = {}
-        for node, first, last in zip(self._lines, at_start, at_end, strict=True):
-            first, last = (one.detach().contiguous(memory_format=torch.channels_last) for one in (first, last))
-            held[LINE, node] = first, last - first
-        backwards: list[Backward] = []
-        for place, step in enumerate(self.steps):
-            backwards.append(step.forward(held, path))
-            for node in self._unused_after[place]:
-                held.pop(node, None)
+        scores = self._forward(path, at_start, backwards.append)
         with torch.enable_grad():
-            scores = held[self._scores].detach().requires_grad_()
+            scores.requires_grad_()
             outputs = select(scores)
             (at_scores,) = torch.autograd.grad(outputs.sum(), scores)
-        held.clear()
         # the slopes of probabilities are of any size, and numbers of float16 are not
         _, exponents = torch.frexp(at_scores.abs().amax(dim=1))
         gradients = Gradients(path, torch.ldexp(path.weights, exponents[path.order]))
@@ -163,6 +157,24 @@ class LineNetwork:
         sums = [gradients[node].permute(0, 3, 1, 2) for node in self._lines]
         (at_images,) = torch.autograd.grad(at_start, start, sums)
         return at_images, outputs.detach()
+
+    @torch.no_grad()
+    def scores(self, path: Path) -> Tensor:
+        """The network's outputs, float32 (point, class)."""
+        return self._forward(path, self._prefix(path.start), lambda _: None)
+
+    def _forward(self, path: Path, at_start: Sequence[Tensor], keep: Callable[[Backward], None]) -> Tensor:
+        at_end = self._prefix(path.start + path.difference)
+        held: Held = {}
+        for node, first, last in zip(self._lines, at_start, at_end, strict=True):
+            first, last = (one.detach().contiguous(memory_format=torch.channels_last) for one in (first, last))
+            held[LINE, node] = first, last - first
+        for place, step in enumerate(self.steps):
+            keep(step.forward(held, path))
+            for node in self._unused_after[place]:
+                held.pop(node, None)
+        scores: Tensor = held[self._scores].detach()
+        return scores
 
 
 # --- Between lines, values and torch's tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor, fx, nn
@@ -92,7 +93,9 @@ class _Builder:
         self._make_room()
         set_scales(self._steps, self._graph, self._images, self._originals)
         prefix = self._function(self._on_lines[1:], self._on_lines[:1], self._lines)
-        return LineNetwork(prefix, self._lines, self._steps, scores)
+        shapes = filter(None, map(shape_of, self._nodes))
+        largest = 2 * max(math.prod(shape[1:]) for shape in shapes)
+        return LineNetwork(prefix, self._lines, self._steps, scores, largest)
 
     # --- What a node does
 

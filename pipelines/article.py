@@ -1,8 +1,11 @@
 """The article's study: four models on masked ImageNet, their accuracies beside the published ones.
 
+The article: Sean Saito, "What happens when we mask out the 'unimportant' parts of an image?", 2019,
+https://seansaito.github.io/2019/12/03/masked-accuracy
+
 Each model is attributed and shown its own masked images. Then the experiment as the article seems to have done it:
-masks by DenseNet-121 alone, from a noise baseline, shown to all four. Run the same command again after any
-interruption: stores go on where they stopped, and evaluations that are complete are not done again.
+masks by DenseNet-121 alone, from a noise baseline, shown to all four. If it is interrupted, run the same command again:
+stores resume, and evaluations that are complete are kept.
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ CELLS = [MaskOptions(p=p, keep=keep) for keep, p in product(get_args(Keep), P)]
 
 SHARED_MASKS = "densenet121"  # whose masks the article showed to all
 ARTICLE_WEIGHTS = "IMAGENET1K_V1"
+
+CITATION = (
+    'The article: Sean Saito, What happens when we mask out the "unimportant" parts of an image?, 2019, '
+    "https://seansaito.github.io/2019/12/03/masked-accuracy"
+)
 
 # model: top-1 in percent unmasked, and at each p of P
 ARTICLE: dict[Keep, dict[str, tuple[float, ...]]] = {
@@ -143,7 +151,7 @@ def beside_the_article(rows: Sequence[Row]) -> list[Table]:
             groups = tuple(_compared([row for row in known if row.model == one], published[one]) for one in models)
             header = ("model", "unmasked", *(f"p={p:g}" for p in P))
             masks = next(sentence for sentence, of_masks in kinds(rows).items() if known[0] in of_masks)
-            tables.append(Table(title, masks, header, groups))
+            tables.append(Table(title, f"{masks} {CITATION}.", header, groups))
     return tables
 
 

@@ -166,6 +166,9 @@ def test_ours_stand_beside_the_articles_with_the_difference() -> None:
         ),
     ]
     assert "keep bottom, 50000 images" in tables[1].title
+    for table in tables:  # wherever the article's numbers stand, it says whose they are
+        assert "Sean Saito" in table.note
+        assert "https://seansaito.github.io/2019/12/03/masked-accuracy" in table.markdown()
 
 
 @pytest.mark.parametrize(("model", "weights"), [("vgg16", "random:0"), ("efficientnet_lite0", "IMAGENET1K_V1")])

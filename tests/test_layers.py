@@ -14,7 +14,8 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands completion parts
+errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands
+completion parts
 freed_memory quadrature blocks masks memory ambient modules weights choices convolutions activations fusion guard
 acceleration transfer
 points filters reference kernels launches steps graph scales tracing integral stem
@@ -34,7 +35,8 @@ charts curves findings figures summaries page sections report
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands completion parts
+errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands
+completion parts
 schedulers
 build imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
 mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store

@@ -34,7 +34,7 @@ _KEEPS: tuple[Keep, Keep] = ("top", "bottom")  # one row of panels each
 
 # Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
 FOR_TARGET, AGAINST_TARGET = (213, 94, 0), (0, 114, 178)
-_FULL_COLOUR = 0.98  # this quantile of an image's absolute values and all above it get the full colour
+_FULL_COLOUR = 0.99  # the quantile of an image's absolute values from which the colour is full; the viewer has the same
 
 # pixels of the picture
 _PANEL = 200  # panels are at least so wide and high: small images are enlarged by a whole number
@@ -161,7 +161,7 @@ def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
 
     Returns
     -------
-    uint8 (y, x, 3): white at 0, and from the 98th percentile of the absolute values the full colour.
+    uint8 (y, x, 3): white at 0, and from the 99th percentile of the absolute values the full colour.
     """
     sums = block_sums(attribution[np.newaxis], block, "signed")[0]  # (block_y, block_x)
     strength = np.abs(sums)

@@ -23,7 +23,7 @@ from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import FormerPrecision, Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.schema import FormerPrecision, LearnedRule, Method, Output, Precision, Reduce, check_choice, whole_number
 from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
@@ -154,7 +154,7 @@ def integrated_gradients(
     baselines: Tensor,
     targets: Tensor,
     *,
-    method: Method = "riemann_right",
+    method: Method | LearnedRule = "riemann_right",
     n_steps: int = 50,
     output: Output = "logit",
     reduce: Reduce = "sum",

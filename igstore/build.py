@@ -16,6 +16,7 @@ from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.images import Split, find_images
 from igstore.info import StoreInfo, describe, next_command, store_info
+from igstore.learned_rules import with_rule
 from igstore.schema import (
     Baseline,
     BuildSpec,
@@ -48,7 +49,7 @@ def build_store(
     baseline: Baseline = "black",
     target: Target = "prediction",
     output: Output = "logit",
-    method: Method = "riemann_right",
+    method: str = "riemann_right",
     n_steps: int = 50,
     max_error: float | None = None,
     max_steps: int | None = None,
@@ -87,7 +88,8 @@ def build_store(
     split, labels
         As `find_images` takes them; only with a path.
     baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
-        The settings of `BuildSpec`, which decide what the maps are.
+        The settings of `BuildSpec`, which decide what the maps are. The method may also be ``learned:FILE``: a rule of
+        a file that `learn_rules` made, which holds rules for some numbers of steps.
     limit
         Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
     device
@@ -133,6 +135,20 @@ def build_store(
     from igstore.building.hiring import choose_workers
     from igstore.building.plan import plan_build
 
+    settings = {
+        "baseline": baseline,
+        "target": target,
+        "output": output,
+        "method": method,
+        "n_steps": n_steps,
+        "max_error": max_error,
+        "max_steps": max_steps,
+        "precision": precision,
+        "reduce": reduce,
+        "pixels": pixels,
+        "shard_size": shard_size,
+        "seed": seed,
+    }
     build = plan_build(
         model,
         images,
@@ -143,20 +159,7 @@ def build_store(
         labels=labels,
         limit=limit,
         overwrite=overwrite,
-        settings={
-            "baseline": baseline,
-            "target": target,
-            "output": output,
-            "method": method,
-            "n_steps": n_steps,
-            "max_error": max_error,
-            "max_steps": max_steps,
-            "precision": precision,
-            "reduce": reduce,
-            "pixels": pixels,
-            "shard_size": shard_size,
-            "seed": seed,
-        },
+        settings=with_rule(settings),
     )
     hire = choose_workers(
         build,
@@ -180,6 +183,13 @@ def build_store(
         show_progress=show_progress,
     )
     return store_info(build.path)
+
+
+class _OrLearned(list[str]):
+    """Choices that stand in ``--help``, and beside them any file of learned rules."""
+
+    def __contains__(self, method: object) -> bool:
+        return super().__contains__(method) or str(method).startswith("learned:")
 
 
 def parser() -> cli.Parser:
@@ -234,7 +244,12 @@ def parser() -> cli.Parser:
     )
     how = parser.add_argument_group("Integrated Gradients")
     how.add_argument("--n-steps", type=cli.positive, default=50, metavar="M", help="gradient evaluations an image")
-    how.add_argument("--method", default="riemann_right", choices=cli.choices_of(Method), help="quadrature rule")
+    how.add_argument(
+        "--method",
+        default="riemann_right",
+        choices=_OrLearned([*cli.choices_of(Method), "learned:FILE"]),
+        help="quadrature rule; FILE is what `igstore calibrate` made",
+    )
     how.add_argument(
         "--baseline", default="black", choices=cli.choices_of(Baseline), help="where the path begins, in pixel space"
     )
@@ -311,7 +326,8 @@ def main(argv: Sequence[str]) -> int:
     part = _part(options["part"], overwrite=options["overwrite"])
     if options["dry_run"] and options["scheduler"]:
         raise UserError("--dry-run measures this machine, and --scheduler leaves the work to others; leave one out")
-    names = {field.name for field in dataclasses.fields(BuildSpec)}
+    names = {field.name for field in dataclasses.fields(BuildSpec)} - {"model", "weights"}
+    settings = with_rule({name: value for name, value in options.items() if name in names})
     preprocessing = {name: options[name] for name in ("resize", "crop", "interpolation", "mean", "std")}
     # what is at hand first: weights may have to be fetched from far
     listed = find_images(options["images"], split=options["split"], labels=options["labels"])
@@ -327,7 +343,7 @@ def main(argv: Sequence[str]) -> int:
         labels=None,
         limit=options["limit"],
         overwrite=options["overwrite"],
-        settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
+        settings=settings,
     )
     if options["dry_run"]:
         expected = forecast(build, part=part, device=options["device"], batch_size=options["batch_size"])

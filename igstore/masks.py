@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import rank_dtype
+from igstore.blocks import block_ranks, block_shares, block_sums, rank_dtype
 from igstore.errors import UserError
 from igstore.schema import Keep, Order, check_choice
 from igstore.wording import option
@@ -113,6 +113,26 @@ def top_blocks(rank: Ranks, share: Shares, p: float, select: str = "mass") -> Bo
     """
     check_choice("select", select, SELECTIONS)
     return SELECTIONS[select](rank, share, check_p(p))
+
+
+def mask_overlaps(maps: NDArray[Any], others: NDArray[Any], p: float = 50) -> NDArray[np.float64]:
+    """Intersection over union of the top sets of two maps of each image, by mass: how far the maps make the same masks.
+
+    Parameters
+    ----------
+    maps, others
+        Floating-point maps of the same images, as `igstore.blocks.block_sums` takes them.
+    p
+        As `top_blocks` takes it.
+
+    Returns
+    -------
+    float64 (image,), 1 where both sets are empty.
+    """
+    scores = [block_sums(each) for each in (maps, others)]
+    top = [mass(ranks := block_ranks(each), block_shares(each, ranks), check_p(p)) for each in scores]
+    both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
 def random_ranks(image_ids: Sequence[str], grid: tuple[int, int], seed: int = 0) -> Ranks:

@@ -15,11 +15,11 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
 errors locks names reading wording limits schema files addresses progress cli commands completion parts
-freed_memory quadrature blocks masks memory ambient modules choices convolutions activations fusion guard
+freed_memory quadrature fitting blocks masks memory ambient modules choices convolutions activations fusion guard
 acceleration transfer
 points filters reference kernels launches steps graph scales tracing integral stem
 imagenet images normalisation weights baselines models adapters attribution layout zarr_metadata given_maps hdf5
-mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store learned_rules
 contents integrity repair
 decoding pixels masking schedulers
 views dataset batches
@@ -28,6 +28,7 @@ results_folder
 info rank recompute verify
 appearing copies hdf5_writer interchange export merge
 builder hiring forecast build imported
+profiles subject calibrate
 showing probability evaluate show view
 charts curves findings figures summaries page sections report
 """.split()
@@ -35,8 +36,9 @@ charts curves findings figures summaries page sections report
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
 errors locks names reading wording limits schema files addresses progress cli commands completion parts schedulers
-build imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
-mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+build imported calibrate given_maps evaluate freed_memory quadrature fitting blocks masks imagenet images baselines
+layout zarr_metadata mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+learned_rules
 contents integrity repair decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge
 show view proportions results texts tables

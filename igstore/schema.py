@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -188,7 +189,8 @@ def _several(values: Any) -> list[Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    # compared, not converted: an int may be beyond every float
+    return isinstance(value, Real) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)

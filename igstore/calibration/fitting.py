@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _RIDGE = 1e-12  # of the largest diagonal element: maps at neighbouring points may be the same
+_STARTS = 10
 _MOST_PASSES = 50
 
 
 def fit_rule(gram: Floats, reference: Floats, n_nodes: int) -> tuple[NDArray[np.intp], Floats]:
     """The `n_nodes` points, and their weights, whose sum of maps is closest to the reference.
 
-    Points are chosen one by one, then each is exchanged for a better one as long as there is any. A path along which
-    the maps do not change counts as much as all the images together, and the weights add up to 1, so that it is
-    integrated exactly.
+    Points are chosen at random, and each is exchanged for the best other one as long as that helps. This is done a few
+    times, and the best of all kept; the same arguments give the same rule. A path along which the maps do not change
+    counts as much as all the images together, and the weights add up to 1, so that it is integrated exactly.
 
     Parameters
     ----------
@@ -39,23 +40,28 @@ def fit_rule(gram: Floats, reference: Floats, n_nodes: int) -> tuple[NDArray[np.
     gram = gram + 1  # the Gram matrix of a path without change
     gram += _RIDGE * gram.diagonal().max() * np.eye(len(gram))
     with_reference = gram @ reference
-    chosen: list[int] = []
-    while len(chosen) < n_nodes:
-        chosen.append(int(_explained(gram, with_reference, chosen).argmax()))
-    best = _explained(gram, with_reference, chosen[:-1])[chosen[-1]]
+    generator = np.random.default_rng(0)
+    starts = [generator.choice(len(gram), n_nodes, replace=False).tolist() for _ in range(_STARTS)]
+    _, chosen = max(_exchanged(gram, with_reference, start) for start in starts)
+    places = np.sort(chosen)
+    weights = np.linalg.solve(gram[np.ix_(places, places)], with_reference[places])
+    return places, weights / weights.sum()
+
+
+def _exchanged(gram: Floats, with_reference: Floats, chosen: list[int]) -> tuple[float, list[int]]:
+    """How much of the reference's square the points explain that exchanges, one by one, lead to; and those points."""
+    best = 0.0
     for _ in range(_MOST_PASSES):
         before = best
-        for place in range(n_nodes):
+        for place in range(len(chosen)):
             others = chosen[:place] + chosen[place + 1 :]
             explained = _explained(gram, with_reference, others)
             better = int(explained.argmax())
             if explained[better] > best * (1 + 1e-9):
-                chosen[place], best = better, explained[better]
+                chosen, best = [*others[:place], better, *others[place:]], float(explained[better])
         if best == before:
             break
-    places = np.sort(chosen)
-    weights = np.linalg.solve(gram[np.ix_(places, places)], with_reference[places])
-    return places, weights / weights.sum()
+    return best, chosen
 
 
 def _explained(gram: Floats, with_reference: Floats, chosen: list[int]) -> Floats:

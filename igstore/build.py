@@ -16,12 +16,11 @@ from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.images import Split, find_images
 from igstore.info import StoreInfo, describe, next_command, store_info
-from igstore.learned_rules import with_rule
+from igstore.learned_rules import METHOD_CHOICES, with_rule
 from igstore.schema import (
     Baseline,
     BuildSpec,
     Interpolation,
-    Method,
     Output,
     Precision,
     Preprocessing,
@@ -185,13 +184,6 @@ def build_store(
     return store_info(build.path)
 
 
-class _OrLearned(list[str]):
-    """Choices that stand in ``--help``, and beside them any file of learned rules."""
-
-    def __contains__(self, method: object) -> bool:
-        return super().__contains__(method) or str(method).startswith("learned:")
-
-
 def parser() -> cli.Parser:
     """The options of the command."""
     parser = cli.Parser(
@@ -247,7 +239,7 @@ def parser() -> cli.Parser:
     how.add_argument(
         "--method",
         default="riemann_right",
-        choices=_OrLearned([*cli.choices_of(Method), "learned:FILE"]),
+        choices=METHOD_CHOICES,
         help="quadrature rule; FILE is what `igstore calibrate` made",
     )
     how.add_argument(

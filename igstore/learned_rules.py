@@ -6,16 +6,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from igstore.errors import DataNotFoundError, UserError
-from igstore.schema import LEARNED, LearnedRule
+from igstore.schema import LEARNED, LearnedRule, Method
 from igstore.storage.files import write_json
 from igstore.wording import option
 
 _PREFIX = f"{LEARNED}:"
 _RULES = "igstore_learned_rules"  # the one key of a file, so that nothing else is taken for one
 _MOST_BYTES = 1 << 24
+
+
+class _OrLearned(list[str]):
+    """Choices of an option, which ``--help`` lists, and any name of a file of learned rules beside them."""
+
+    def __contains__(self, method: object) -> bool:
+        return super().__contains__(method) or (isinstance(method, str) and method.startswith(_PREFIX))
+
+
+METHOD_CHOICES = _OrLearned([*get_args(Method), f"{_PREFIX}FILE"])
 
 
 def write_rules(path: Path, rules: Sequence[LearnedRule]) -> None:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -189,8 +188,10 @@ def _several(values: Any) -> list[Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    # compared, not converted: an int may be beyond every float
-    return isinstance(value, Real) and abs(value) <= sys.float_info.max
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
 
 
 @dataclass(frozen=True)

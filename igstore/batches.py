@@ -21,8 +21,8 @@ from igstore.blocks import block_grid
 from igstore.engine.ambient import fresh_torch
 from igstore.errors import UserError
 from igstore.freed_memory import freed_memory_kept
-from igstore.masking import Images, MaskedImages, MaskOptions
-from igstore.masks import visible_blocks
+from igstore.masking import Images, MaskedImages
+from igstore.masks import MaskOptions, visible_blocks
 from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.pixels import resize
 from igstore.schema import Preprocessing, several, whole_number
@@ -94,6 +94,11 @@ class MaskedBatches:
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def __repr__(self) -> str:
+        n_images = sum(map(len, self._runs))
+        cells = f"{len(self._cells)} mask{'s' * (len(self._cells) != 1)}"
+        return f"<MaskedBatches: {n_images} images of {self._source.where} in {len(self)} batches, {cells}>"
 
     def __iter__(self) -> Iterator[MaskedBatch]:
         constants = _Constants(self._cells, self._networks, self._device)
@@ -241,14 +246,7 @@ class MaskedBatch:
         rank, share = (self._get(kind, cell.ranking) for kind in ("rank", "share"))
         random = self._get("random", cell.block, cell.seed) if cell.order == "random" else None
         # the formulas of igstore.masks, which hold for tensors too
-        blocks: Any = visible_blocks(
-            rank,  # type: ignore[arg-type]
-            share,  # type: ignore[arg-type]
-            p=cell.p,
-            keep=cell.keep,
-            select=cell.select,
-            random_rank=random,  # type: ignore[arg-type]
-        )
+        blocks: Any = visible_blocks(rank, share, cell, random)  # type: ignore[arg-type]
         return torch.as_tensor(blocks)
 
     def _normalise(self, key: tuple[Any, ...], network: Preprocessing) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,22 @@ from numpy.typing import NDArray
 from igstore import cli
 from igstore.calibration.fitting import fit_rule
 from igstore.errors import UserError
-from igstore.images import Split, find_images
 from igstore.learned_rules import write_rules
 from igstore.masks import mask_overlaps
+from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
 from igstore.progress import Progress
-from igstore.schema import LEARNED, Baseline, LearnedRule, Output, Preprocessing, Target, as_path, whole_number
+from igstore.schema import (
+    LEARNED,
+    Baseline,
+    BuildSpec,
+    LearnedRule,
+    Output,
+    Preprocessing,
+    Split,
+    Target,
+    as_path,
+    whole_number,
+)
 from igstore.wording import option
 
 if TYPE_CHECKING:
@@ -67,13 +78,13 @@ def learn_rules(
     n_steps: Sequence[int] = N_STEPS,
     n_images: int = N_IMAGES,
     weights: str | None = None,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     split: Split = "val",
     labels: str | os.PathLike[str] | None = None,
-    baseline: Baseline = "black",
-    target: Target = "prediction",
-    output: Output = "logit",
-    seed: int = 0,
+    baseline: Baseline = BuildSpec.baseline,
+    target: Target = BuildSpec.target,
+    output: Output = BuildSpec.output,
+    seed: int = BuildSpec.seed,
     device: str = "auto",
     batch_size: int | None = None,
     show_progress: bool = False,
@@ -183,44 +194,31 @@ def parser() -> cli.Parser:
         "Fit quadrature rules to a network's own gradients, so that fewer of them make as good masks. The file is for "
         "`igstore build --method learned:FILE`.",
     )
-    parser.add_argument("--model", metavar="NAME", required=True, help="as `igstore build` takes it")
-    parser.add_argument("--weights", metavar="W", help="as `igstore build` takes them")
+    parser.add_argument("--model", metavar="NAME", required=True, help="as igstore build takes it")
+    add_options(parser, "weights")
     parser.add_argument(
         "--data",
         dest="images",
         metavar="PATH",
         default=os.environ.get("IMAGENET_DIR"),
-        help="images to fit the rules to, as `igstore build` takes them (default: $IMAGENET_DIR)",
+        help="images to fit the rules to, as igstore build takes them (default: $IMAGENET_DIR)",
     )
-    parser.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
-    parser.add_argument("--labels", metavar="CSV", help="as `igstore build` takes it")
-    parser.add_argument(
-        "--images", dest="n_images", type=cli.positive, default=N_IMAGES, metavar="N", help="how many, evenly spread"
-    )
+    add_options(parser, "split", "labels")
+    parser.add_argument("--images", dest="n_images", type=cli.positive, metavar="N", help="how many, evenly spread")
     parser.add_argument(
         "--n-steps",
         type=cli.positive,
         nargs="+",
-        default=list(N_STEPS),
         metavar="M",
         help="make a rule for each of these numbers of gradient evaluations",
     )
     parser.add_argument("--out", metavar="FILE", help="file of the rules (default: MODEL.rules.json)")
-    parser.add_argument(
-        "--baseline", default="black", choices=cli.choices_of(Baseline), help="where the path begins, in pixel space"
-    )
-    parser.add_argument(
-        "--target", default="prediction", choices=cli.choices_of(Target), help="class that is attributed"
-    )
-    parser.add_argument("--output", default="logit", choices=cli.choices_of(Output), help="what is attributed")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise baseline")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--batch-size", type=cli.positive, metavar="N", help="points a gradient evaluation (default: what fits)"
-    )
-    for name, value in (("--resize", "PX"), ("--crop", "PX")):
-        parser.add_argument(name, type=cli.positive, metavar=value, help="as `igstore build` takes it")
-    return parser
+    add_options(parser, "baseline", "target", "output")
+    add_options(parser, "seed", help="of the noise baseline")
+    add_options(parser, "device")
+    add_options(parser, "batch_size", help="points of a path at once (default: what fits)")
+    add_preprocessing(parser)
+    return parser.of(learn_rules)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -229,13 +227,9 @@ def main(argv: Sequence[str]) -> int:
     options = vars(parsed)
     if options["images"] is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
-    listed = find_images(options.pop("images"), split=options.pop("split"), labels=options.pop("labels"))
-    out = options.pop("out") or f"{options['model'].replace(':', '-').replace('/', '-')}.rules.json"
-    from igstore.models import load_classifier
-
-    sizes = {name: options.pop(name) for name in ("resize", "crop")}
-    classifier = load_classifier(options.pop("model"), options.pop("weights"), **sizes)
-    found = learn_rules(classifier, listed, out, **options, show_progress=output.show_progress)
+    options["preprocessing"] = pop_preprocessing(options)
+    options["out"] = options["out"] or f"{options['model'].replace(':', '-').replace('/', '-')}.rules.json"
+    found = learn_rules(**options, show_progress=output.show_progress)
     output.summary(found, describe(found))
     return cli.DONE
 

@@ -8,23 +8,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
 from igstore import cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.errors import UserError
-from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
-from igstore.masks import FILLS, SELECTIONS
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions, warn_of_fractions
+from igstore.option_groups import add_options
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
-from igstore.reporting.tables import article_tables
+from igstore.reporting.tables import article_tables, overview
 from igstore.schema import (
     FAILED,
     NOT_BUILT,
@@ -50,21 +48,30 @@ if TYPE_CHECKING:
 
 Store = str | os.PathLike[str] | StoreReader
 
+_MOST_LINES = 40  # of a screen
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found. Printed, or shown by a notebook, it is a table of the top-1 accuracies.
 
     Attributes
     ----------
     rows
-        One `Row` for each store, model and mask.
+        One `Row` for each store, model and mask: accuracies with intervals, the share of visible pixels, the
+        provenance. ``pandas.DataFrame(rows)`` is a table of them.
     predictions
         The predicted class of every image; see `igstore.reporting.results.predictions`.
     """
 
     rows: list[Row]
     predictions: xr.Dataset
+
+    def __repr__(self) -> str:
+        return "\n\n".join(table.text() for table in overview(self.rows, _MOST_LINES))
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(table.markdown() for table in overview(self.rows, _MOST_LINES))
 
 
 def evaluate(
@@ -74,12 +81,12 @@ def evaluate(
     weights: str | Sequence[str | None] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     keep: Keep | Sequence[Keep] = ("top", "bottom"),
-    select: Select | Sequence[Select] = "mass",
-    score: Score | Sequence[Score] = "positive",
-    block: int | Sequence[int] = DEFAULT_BLOCK,
-    fill: Fill | Sequence[Fill] = "black",
+    select: Select | Sequence[Select] = MaskOptions.select,
+    score: Score | Sequence[Score] = MaskOptions.score,
+    block: int | Sequence[int] = MaskOptions.block,
+    fill: Fill | Sequence[Fill] = MaskOptions.fill,
     order: Order | Sequence[Order] = ("attribution", "random"),
-    seed: int = 0,
+    seed: int = MaskOptions.seed,
     images: Any = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -290,39 +297,19 @@ def parser() -> cli.Parser:
         "--weights", nargs="+", metavar="W", help="as igstore build takes them: one for each model, or one for all"
     )
     what = parser.add_argument_group("masks")
-    what.add_argument("--p", nargs="+", type=float, default=[90, 70, 50, 30], help="percentages, 0 to 100")
-    what.add_argument(
-        "--keep", nargs="+", default=cli.choices_of(Keep), choices=cli.choices_of(Keep), help="what is shown"
-    )
-    what.add_argument(
-        "--select", nargs="+", default=["mass"], choices=list(SELECTIONS), help="what p is a percentage of"
-    )
-    what.add_argument("--score", nargs="+", default=["positive"], choices=list(SCORES), help="the rankings to use")
-    what.add_argument("--block", nargs="+", type=cli.positive, default=[DEFAULT_BLOCK], help="side in pixels")
-    what.add_argument("--fill", nargs="+", default=["black"], choices=list(FILLS), help="what a hidden pixel becomes")
-    what.add_argument(
-        "--order",
-        nargs="+",
-        default=cli.choices_of(Order),
-        choices=cli.choices_of(Order),
-        help="random is the control: as many blocks, in a random order",
-    )
-    what.add_argument("--seed", type=int, default=0, help="of the random order and of the noise")
-    what.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
-    what.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    add_options(what, "p", "keep", "select", "score", "block", "fill", "order", nargs="+")
+    add_options(what, "seed", "limit", "images")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for results.json, results.csv, tables.md and predictions.zarr"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier evaluation there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_options(parser, "overwrite", help="replace the results of an earlier evaluation there")
+    add_options(parser, "device", "batch_size")
     parser.add_argument(
         "--precision",
-        default="float32",
         choices=cli.choices_of(ForwardPrecision),
         help="arithmetic of the networks; tf32 and float16 are faster on GPUs, and a few predictions may differ",
     )
-    parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
-    return parser
+    return parser.of(evaluate)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -348,14 +335,6 @@ def main(argv: Sequence[str]) -> int:
         output.note(f"results in {options['out']}")
     return cli.DONE
 
-
-class _CallableModule(ModuleType):
-    """Importing this module sets the package's attribute ``evaluate`` to it, which must remain the function."""
-
-    __call__ = staticmethod(evaluate)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     raise SystemExit(cli.run(main))

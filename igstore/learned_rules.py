@@ -67,7 +67,7 @@ def with_rule(settings: Mapping[str, Any]) -> dict[str, Any]:
     UserError
         The file is missing or of another kind, or holds no rule with so many nodes.
     """
-    method, n_steps = settings["method"], settings["n_steps"]
+    method, n_steps = settings.get("method"), settings.get("n_steps")
     if not isinstance(method, str) or not method.startswith(_PREFIX):
         return dict(settings)
     path = method.removeprefix(_PREFIX)

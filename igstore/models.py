@@ -68,6 +68,20 @@ class Classifier:
     weights: str
     weights_sha256: str
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        asked = self.preprocessing
+        height, width = asked.crop
+        sized = f"resize {asked.resize}, crop {height}x{width}, {asked.interpolation}"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (asked.mean, asked.std))
+        lines = [
+            f"Classifier {self.name}",
+            f"network: {type(self.network).__name__}, {count:,} parameters",
+            f"weights: {self.weights} (sha256 {self.weights_sha256[:12]})",
+            f"input: {sized}, mean ({mean}), std ({std})",
+        ]
+        return "\n    ".join(lines)
+
 
 @fresh_torch()
 def load_classifier(

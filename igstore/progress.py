@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a line now and then in a log file."""
+"""How far a long job is: a bar on a terminal; in a log file a line at once, and then one now and then."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class Progress:
         self._bar: Any = None
         if show and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=label, unit="image", dynamic_ncols=True, delay=patience)
+        elif patience == 0:
+            self._say()  # the first items may take long, and a job that says nothing looks as if it hangs
 
     def __enter__(self) -> Progress:
         return self
@@ -65,9 +67,13 @@ class Progress:
         now = time.monotonic()
         finished = self._count >= self._total
         is_due = finished or now - self._last_line >= _LOG_SECONDS
-        if self._show and is_due and now - self._start >= self._patience:
+        if is_due and now - self._start >= self._patience:
             self._last_line = now
             rate = (self._count - self._before) / max(now - self._start, 1e-9)
-            left = "" if finished else f", {(self._total - self._count) / max(rate, 1e-9):.0f} s left"
-            line = f"{self._label}: {self._count}/{self._total} images, {rate:.2f} images/s{left}"
-            print(f"{line}, {figures}" if figures else line, file=sys.stderr, flush=True)  # noqa: T201
+            left = [] if finished else [f"{(self._total - self._count) / max(rate, 1e-9):.0f} s left"]
+            self._say(f"{rate:.2f} images/s", *left, *filter(None, [figures]))
+
+    def _say(self, *figures: str) -> None:
+        if self._show:
+            line = ", ".join([f"{self._label}: {self._count}/{self._total} images", *figures])
+            print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -35,11 +35,13 @@ Method = Literal[
 ]
 IMPORTED = "imported"  # the method of maps that were made elsewhere
 LEARNED = "learned"  # the method of maps whose rule was fitted to gradients of other images
+DEFAULT_METHOD: Method = "riemann_right"
 Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
 Output = Literal["logit", "probability"]
 Reduce = Literal["sum", "positive", "absolute", "none"]
 Precision = Literal["float32", "mixed", "tf32", "float16"]
+DEFAULT_PRECISION: Precision = "float32"
 ForwardPrecision = Literal["float32", "tf32", "float16"]  # where there are no gradients
 FormerPrecision = Literal["bfloat16_backward"]  # of stores that earlier versions made; none is computed any more
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -50,6 +52,7 @@ Keep = Literal["top", "bottom"]
 Fill = Literal["black", "mean", "image_mean", "blur", "noise"]
 Order = Literal["attribution", "random"]
 Compress = Literal["zstd"]
+Split = Literal["val", "train"]
 
 # `status` of an image
 NOT_BUILT, BUILT, FAILED = 0, 1, 2
@@ -305,8 +308,8 @@ class BuildSpec:
     method, n_steps
         The quadrature rule, and its gradient evaluations an image, 1 to 32767.
     max_error, max_steps
-        Both or neither: the steps of an image are doubled while its completeness error exceeds `max_error` and they
-        stay within `max_steps`.
+        None in what is built now. Earlier versions could double the steps of an image while its completeness error
+        exceeded `max_error`, up to `max_steps`; their stores record both.
     precision
         Arithmetic of the gradients, as `igstore.attribution.integrated_gradients` has it.
     reduce
@@ -343,11 +346,11 @@ class BuildSpec:
     baseline: Baseline = "black"
     target: Target = "prediction"
     output: Output = "logit"
-    method: Literal[Method, "imported", "learned"] = "riemann_right"
+    method: Literal[Method, "imported", "learned"] = DEFAULT_METHOD
     n_steps: int = 50  # 0 for imported maps
     max_error: float | None = None
     max_steps: int | None = None
-    precision: Precision | FormerPrecision = "float32"
+    precision: Precision | FormerPrecision = DEFAULT_PRECISION
     reduce: Reduce = "sum"
     pixels: bool = True
     shard_size: int = 500
@@ -387,19 +390,12 @@ class BuildSpec:
             raise UserError(
                 f"{option('n_steps')} is {self.n_steps}, and the learned rule has {len(self.learned_rule.nodes)} nodes"
             )
-        max_error, max_steps = option("max_error"), option("max_steps")
         if (self.max_error is None) != (self.max_steps is None):
-            raise UserError(f"{max_error} and {max_steps} go together: give both, or neither")
-        if self.max_error is not None and self.max_steps is not None:
+            raise UserError("max_error and max_steps are recorded together, or neither is")
+        if self.max_steps is not None:
             if self.method != "riemann_right":
-                raise UserError(
-                    f"{max_error} needs {option('method')} riemann_right, whose points for m steps are among those for "
-                    f"2m; {option('method')} is {self.method}"
-                )
-            if not _is_finite(self.max_error) or self.max_error <= 0:
-                raise UserError(f"{max_error} is {self.max_error!r:.80}; it must be a positive number, e.g. 0.05")
-            object.__setattr__(self, "max_error", float(self.max_error))
-            object.__setattr__(self, "max_steps", whole_number("max_steps", self.max_steps, self.n_steps, MOST_STEPS))
+                raise UserError(f"steps can be doubled with method riemann_right only; method is {self.method}")
+            whole_number("max_steps", self.max_steps, self.n_steps, MOST_STEPS)
 
     @property
     def quadrature(self) -> Any:

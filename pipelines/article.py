@@ -23,7 +23,7 @@ from igstore.errors import UserError
 from igstore.evaluate import evaluate
 from igstore.images import ImageList, find_images
 from igstore.info import StoreInfo
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.reporting.results import Row, settings_sha256
 from igstore.reporting.results_folder import read_rows
 from igstore.reporting.tables import Table, article_tables, images_of, kinds, percent

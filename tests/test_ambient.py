@@ -17,7 +17,7 @@ from igstore.attribution import integrated_gradients, numerics
 from igstore.batches import MaskedBatches
 from igstore.curves import insertion_deletion
 from igstore.engine.ambient import fresh_torch
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.schema import Preprocessing
 from igstore.storage.reader import StoreReader
@@ -193,7 +193,7 @@ def everything(folder: Path, classifier: Classifier | None) -> dict[str, np.ndar
     curves = insertion_deletion(path, made, steps=3)
     found |= {name: curves[name].values for name in curves.data_vars if curves[name].dtype.kind == "f"}
     if classifier is None:
-        assert verify_store(path, recompute=2) == []
+        assert verify_store(path, recompute=2, model=made) == []
     maps = np.stack([found["attribution"]] * 3, axis=1).astype(np.float32)
     imported = folder / "imported.zarr"
     import_maps(maps, made, pictures(), imported, made_by="test")

@@ -12,7 +12,7 @@ from igstore import Preprocessing, classifier_from_module
 from igstore.blocks import block_ranks, block_shares, block_sums, expand
 from igstore.engine.attributor import Attributor
 from igstore.errors import OutOfMemoryError, UserError
-from igstore.masks import visible_blocks
+from igstore.masks import MaskOptions, visible_blocks
 from igstore.models import load_classifier
 from igstore.normalisation import normalise
 from igstore.schema import BuildSpec
@@ -26,7 +26,7 @@ def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
     for attribution in (one, other):
         scores = block_sums(attribution[None], 3, "positive")
         ranks = block_ranks(scores)
-        visible = visible_blocks(ranks, block_shares(scores, ranks), p=50, keep="top")
+        visible = visible_blocks(ranks, block_shares(scores, ranks), MaskOptions(p=50, keep="top"))
         masks.append(expand(visible, *attribution.shape)[0])
     return float((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum())
 

@@ -144,19 +144,6 @@ def test_reductions(tmp_path, network, reduce):
     assert float((abs(ours - expected) / largest).max()) < 4 * 2.0**-11
 
 
-def test_steps_are_doubled_where_the_error_asks_for_it(path, network):
-    settings = SETTINGS | {"n_steps": 4}
-    # the darker an image, the straighter its path from black
-    images = [(name, pixels // (1 + 4 * i), label) for i, (name, pixels, label) in enumerate(random_images(9))]
-    info = build_store(network, images, path, **settings, max_error=3e-4, max_steps=64)
-    store = xr.open_zarr(path)
-    steps, error = store["n_steps"].values, store["completeness_error"].values
-    assert set(steps) <= {4, 8, 16, 32, 64}
-    assert len(set(steps)) > 1
-    assert ((error <= 3e-4) | (steps == 64)).all()
-    assert info.evaluations == steps.sum()
-
-
 def test_without_pixels_the_store_has_none(path, network):
     build_store(network, random_images(3), path, **SETTINGS, pixels=False)
     assert "pixels" not in xr.open_zarr(path)
@@ -212,7 +199,6 @@ class TestGoingOn:
             ({"target": "label"}, "target"),
             ({"output": "probability"}, "output"),
             ({"method": "gausslegendre"}, "method"),
-            ({"max_error": 0.1, "max_steps": 80}, "max_error"),
             ({"precision": "float16"}, "precision"),
             ({"precision": "mixed"}, "precision"),
             ({"reduce": "absolute"}, "reduce"),
@@ -317,7 +303,6 @@ class TestCommand:
             (["--model", "resnet50", "--weights", "nowhere.pth"], "nowhere.pth"),
             (["--model", "networks:demo_network", "--n-steps", "0"], "at least 1"),
             (["--model", "networks:demo_network", "--method", "simpson"], "riemann_right"),
-            (["--model", "networks:demo_network", "--crop", "16", "--max-error", "0.1"], "--max-steps"),
             (["--model", "networks:demo_network", "--crop", "16", "--device", "tpu"], "cuda:N"),
             (["--model", "networks:demo_network", "--crop", "16", "--precision", "tf32"], "float32"),
             (["--model", "networks:demo_network", "--crop", "16", "--data", "/nowhere"], "/nowhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import logging
@@ -142,6 +143,58 @@ def test_help(command):
     assert all(action.help for action in parser._actions)
 
 
+FUNCTIONS = {
+    "build": igstore.build_store,
+    "import": igstore.import_maps,
+    "rank": igstore.rank_store,
+    "evaluate": igstore.evaluate,
+    "report": igstore.make_report,
+    "curves": igstore.insertion_deletion,
+    "show": igstore.show_store,
+    "verify": igstore.verify_store,
+    "export": igstore.export_store,
+}
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_an_option_that_is_left_out_is_as_in_python(command):
+    parameters = inspect.signature(FUNCTIONS[command]).parameters
+    parser = module_of(command).parser()
+    shared = [action for action in parser._actions if action.dest in parameters]
+    for action in shared:
+        default = parameters[action.dest].default
+        if default is not inspect.Parameter.empty and not action.required:
+            given = None if action.default == "auto" and action.dest == "batch_size" else action.default
+            assert given == default, action.dest
+            if isinstance(default, str | float | tuple) and default and not isinstance(default, bool):
+                said = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+                assert f"(default: {said})" in " ".join(parser.format_help().split())
+    assert shared
+
+
+def test_a_parser_takes_the_defaults_of_a_function():
+    def function(one, *, two=2, three=None, four=(4, 5), five=True, six=False, seven=7):
+        """What the command calls."""
+
+    parser = cli.Parser("some", "Some command.")
+    for name in ("one", "two", "three", "four", "eight"):
+        parser.add_argument(f"--{name}", help=name)
+    parser.add_argument("--no-five", dest="five", action="store_false", help="five")
+    parser.add_argument("--six", action="store_true", help="six")
+    parser.add_argument_group("more").add_argument("--seven", default=8, help="its own")
+    options, _ = parser.of(function).parse([])
+    assert vars(options) == {
+        "one": None,
+        "two": 2,
+        "three": None,
+        "four": (4, 5),
+        "eight": None,
+        "five": True,
+        "six": False,
+        "seven": 8,
+    }
+
+
 def test_an_option_is_the_same_in_all_commands():
     found: dict[str, dict[str, tuple]] = {}
     for command in COMMANDS:
@@ -154,7 +207,6 @@ def test_an_option_is_the_same_in_all_commands():
         "--keep",
         "--data",
         "--batch-size",
-        "--block",
     }  # of a command's own kind: a picture, a page, a folder
     different = {
         option: forms for option, forms in found.items() if option not in free and len(set(forms.values())) > 1
@@ -244,12 +296,22 @@ def test_json_has_no_numbers_that_json_has_not(capsys):
 def test_progress_in_a_log_file_is_whole_lines(monkeypatch):
     log = io.StringIO()  # not a terminal
     monkeypatch.setattr(sys, "stderr", log)
-    with Progress(3, label="work") as progress:
+    with Progress(5, done=2, label="work") as progress:
+        # at once, so that a slow start does not look like a hang
+        assert log.getvalue() == "work: 2/5 images\n"
         for _ in range(3):
             progress.advance(1)
     assert "\r" not in log.getvalue()
     assert "\x1b" not in log.getvalue()
-    assert [line.partition(",")[0] for line in log.getvalue().splitlines()] == ["work: 3/3 images"]
+    assert [line.partition(",")[0] for line in log.getvalue().splitlines()] == ["work: 2/5 images", "work: 5/5 images"]
+
+
+def test_progress_of_what_is_often_done_at_once_is_not_shown_at_once(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with Progress(3, label="check", patience=60) as progress:
+        progress.advance(3)
+    assert log.getvalue() == ""
 
 
 @pytest.mark.parametrize(

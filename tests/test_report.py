@@ -20,7 +20,8 @@ from stores import CLASS_NAMES, make_store
 from igstore import cli
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.evaluate import Evaluation
-from igstore.masking import MaskedImages, MaskOptions
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions
 from igstore.report import make_report
 from igstore.reporting.charts import LOOKS, look_in_turn
 from igstore.reporting.findings import Findings

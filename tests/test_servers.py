@@ -258,6 +258,7 @@ def test_whatever_is_said_to_what_is_not_there_finished_images_are_read(server, 
     store = StoreReader(url)
     np.testing.assert_array_equal(store.array("pixels").read([0, 9]), pixels[[0, 9]])
     assert store.missing_shards == [1]
+    assert store.image_ids == StoreReader(folder / "toy.zarr").image_ids  # which are there, whatever has been built
     assert len(MaskedImageNet(url)) == N - SHARD
     with pytest.raises(DamagedStoreError, match=says or "is not finished"):
         store.array("pixels").read([5])

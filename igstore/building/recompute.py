@@ -51,6 +51,11 @@ class Recomputation:
                 f"the maps of {store.where} were made by {store.spec.maps_by}, and imported: igstore cannot make them "
                 f"again; leave {option('recompute')} out"
             )
+        if store.spec.max_steps is not None:
+            raise UserError(
+                f"an earlier version built {store.where} and doubled the steps of some images, which this igstore "
+                f"cannot do; leave {option('recompute')} out"
+            )
         built = np.flatnonzero(store.status == BUILT)
         self._store = store
         self._chosen = np.sort(np.random.default_rng(seed).choice(built, min(count, len(built)), replace=False))

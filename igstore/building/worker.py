@@ -175,7 +175,7 @@ class Worker:
                 report(Advance(record["images"][1] - record["images"][0]))
                 continue
             for job in self._units(shard, *store.bounds(shard)):
-                staged = staging.load_unit(folder, store.spec, job.first, len(job))
+                staged = staging.load_unit(folder, store.spec, job.first, len(job), partial(self._pixels, job))
                 # a unit in which an image failed is done again whole, in the same batches
                 if staged is not None and not (staged["status"] == FAILED).any():
                     writer.add(job, staged, is_staged=True)
@@ -187,6 +187,10 @@ class Worker:
     def _units(self, shard: int, first: int, last: int) -> Iterator[Job]:
         for start in range(first, last, self._unit):
             yield Job(shard, start, min(start + self._unit, last))
+
+    def _pixels(self, job: Job) -> NDArray[np.uint8]:
+        ((_, pixels, _),) = self._decoder.decode([job])
+        return pixels
 
     def _listed(self, job: Job) -> tuple[NDArray[np.int32], Sequence[str]]:
         images = self._build.images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Subject:
         *,
         n_images: int,
         weights: str | None,
-        preprocessing: Preprocessing | None,
+        preprocessing: Preprocessing | Mapping[str, Any] | None,
         split: Any,
         labels: Any,
         settings: dict[str, Any],

@@ -87,7 +87,7 @@ class Attributor:
         self._finished = 0.0  # when the last results were there
         self.batch_size = batch_size or 1
         height, width = spec.preprocessing.crop
-        probe = torch.zeros(1, 3, height, width, device=device)
+        probe = torch.zeros(1, 3, height, width, dtype=torch.float32, device=device)
         # whether a rewritten network is the same shows in float32 alone
         with self._failures(), numerics("float32", device):
             mixed = spec.precision == "mixed"
@@ -157,24 +157,26 @@ class Attributor:
         self.check_labels(labels, image_ids)
         started = time.monotonic()
         count = len(pixels)
-        arrays = layout.unbuilt(self.spec, count) | {
+        arrays = layout.unbuilt(self.spec, count, omitted=["pixels"]) | {
             "reason": np.array(reasons, dtype=_REASON),
             "in_top5": np.zeros(count, bool),
         }
-        good = arrays["reason"] == ""
+        readable = arrays["reason"] == ""
+        good = _selection(readable)
         wait: Callable[[], Arrays] = dict
-        if good.any():
-            ids = [image_id for image_id, readable in zip(image_ids, good, strict=True) if readable]
+        if readable.any():
+            ids = [image_id for image_id, is_readable in zip(image_ids, readable, strict=True) if is_readable]
             wait = self._submit_shrinking(pixels[good], labels[good], ids)
         batch_size = self.batch_size
 
         def result() -> Arrays:
             attributed = wait()
             if attributed:
-                built = attributed["reason"] == ""
+                built = _selection(attributed["reason"] == "")
                 arrays["reason"][good] = attributed.pop("reason")
+                to_fill = _selection(arrays["reason"] == "")
                 for name, values in attributed.items():
-                    arrays[name][arrays["reason"] == ""] = values[built]
+                    arrays[name][to_fill] = values[built]
             arrays["status"] = np.where(arrays["reason"] == "", BUILT, FAILED).astype(np.uint8)
             if self.spec.pixels:
                 arrays["pixels"] = pixels
@@ -301,8 +303,6 @@ class Attributor:
             reduce=spec.reduce,
             precision=precision,
             batch_size=self.batch_size,
-            max_error=spec.max_error,
-            max_steps=spec.max_steps,
         )
 
     def _pictures(self) -> torch.Tensor:
@@ -365,6 +365,11 @@ def _stored(found: Attributions) -> dict[str, torch.Tensor]:
         "n_steps": found.n_steps,
         "finite": finite,
     }
+
+
+def _selection(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | slice:
+    """What picks the images where a mask is true; all of them without a copy."""
+    return slice(None) if mask.all() else mask
 
 
 def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequence[str]) -> None:

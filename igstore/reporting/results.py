@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from igstore.cli import printable
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.reporting.proportions import mcnemar_p, wilson_interval
 from igstore.schema import IMAGE, UNKNOWN_LABEL, BuildSpec, Fill, Keep, Order, Score, Select
 

@@ -18,7 +18,7 @@ from igstore.building import provenance
 from igstore.engine.acceleration import accelerate
 from igstore.engine.transfer import one_behind, to_device, to_host
 from igstore.errors import ModelError, UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.results import Pairing, Shown, settings_sha256
@@ -114,8 +114,8 @@ def show(plans: Sequence[ShowingPlan], *, precision: ForwardPrecision, show_prog
 
 
 def _prepared(classifier: Classifier, precision: ForwardPrecision, device: torch.device) -> nn.Module:
-    probe = torch.zeros(1, 3, *classifier.preprocessing.crop, device=device)
     with numerics("float32", device):
+        probe = torch.zeros(1, 3, *classifier.preprocessing.crop, device=device)
         network = accelerate(adapted(classifier, "logit").network, probe, own_convolutions=precision == "float32")
     return _InFloat16(network) if precision == "float16" else network
 

@@ -53,12 +53,12 @@ class Sizes:
     built: int = 4000  # of a whole build
     resumed: int = 1000  # of one that is killed
     shown: int = 1024  # of an evaluation
-    crop: int | None = None
+    side: int | None = None  # of the networks' input; None is their own
     seconds: float = 12  # of a comparison
 
 
 _REHEARSAL = Sizes(
-    models=("resnet18",), others=("shufflenet_v2_x0_5",), n_steps=2, attributed=2, built=4, resumed=4, shown=4, crop=40,
+    models=("resnet18",), others=("shufflenet_v2_x0_5",), n_steps=2, attributed=2, built=4, resumed=4, shown=4, side=40,
     seconds=1,
 )  # fmt: skip
 
@@ -75,9 +75,8 @@ class Setting:
 
     def classifier(self, name: str) -> Classifier:
         """With the weights that come with it where igstore brings them, else random ones."""
-        crop = self.sizes.crop
-        weights = None if "lite" in name else "random:0"
-        return load_classifier(name, weights, **({} if crop is None else {"crop": crop, "resize": crop}))
+        side = self.sizes.side
+        return load_classifier(name, None if "lite" in name else "random:0", crop=side, resize=side)
 
     @functools.cached_property
     def folder(self) -> ImageFolder:
@@ -155,8 +154,9 @@ def _networks(setting: Setting) -> Iterator[dict[str, Any]]:
             seconds.append(time.perf_counter() - started)
         captum_rate = 4 * n_steps / min(seconds[1:])
         yield {
-            "model": name, "evals_per_s": rate, "captum_evals_per_s": captum_rate, "speedup_vs_captum": rate / captum_rate,
-            "has_lines": has_lines, "batch_size": batch_size, "seconds_until_ready": ready,
+            "model": name, "evals_per_s": rate, "captum_evals_per_s": captum_rate,
+            "speedup_vs_captum": rate / captum_rate, "has_lines": has_lines, "batch_size": batch_size,
+            "seconds_until_ready": ready,
         }  # fmt: skip
 
 
@@ -244,11 +244,15 @@ def _evaluate(setting: Setting) -> Iterator[dict[str, Any]]:
         cells = [igstore.MaskOptions(p=p, keep=keep) for p in (90, 50) for keep in ("top", "bottom")]
         where = np.arange(len(store.status)) < min(setting.sizes.shown, 64)
         equal = True
-        for there, here in zip(
-            igstore.MaskedBatches(path, cells, device=setting.device, where=where),
-            igstore.MaskedBatches(path, cells, device="cpu", where=where),
-            strict=True,
-        ) if path.exists() else ():
+        for there, here in (
+            zip(
+                igstore.MaskedBatches(path, cells, device=setting.device, where=where),
+                igstore.MaskedBatches(path, cells, device="cpu", where=where),
+                strict=True,
+            )
+            if path.exists()
+            else ()
+        ):
             equal &= all(torch.equal(there.masked(cell).cpu(), here.masked(cell)) for cell in cells)
         yield {"masked_images_equal_to_the_cpu": equal}
 

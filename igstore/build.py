@@ -13,13 +13,13 @@ from igstore import cli
 from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.info import StoreInfo, describe, next_command, store_info
+from igstore.learned_rules import METHOD_CHOICES
 from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
 from igstore.schema import (
     DEFAULT_METHOD,
     DEFAULT_PRECISION,
     Baseline,
     BuildSpec,
-    Method,
     Output,
     Precision,
     Preprocessing,
@@ -51,7 +51,7 @@ def build_store(
     baseline: Baseline = BuildSpec.baseline,
     target: Target = BuildSpec.target,
     output: Output = BuildSpec.output,
-    method: Method = DEFAULT_METHOD,
+    method: str = DEFAULT_METHOD,
     n_steps: int = BuildSpec.n_steps,
     precision: Precision = DEFAULT_PRECISION,
     reduce: Reduce = BuildSpec.reduce,
@@ -89,7 +89,8 @@ def build_store(
     split, labels
         As `find_images` takes them; only with a path.
     baseline, target, output, method, n_steps, precision, reduce, pixels, shard_size, seed
-        The settings of `BuildSpec`, which decide what the maps are.
+        The settings of `BuildSpec`, which decide what the maps are. The method may also be ``learned:FILE``: a rule of
+        a file that `learn_rules` made, which holds rules for some numbers of steps.
     limit
         Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
     device
@@ -208,7 +209,7 @@ def parser() -> cli.Parser:
     )
     how = parser.add_argument_group("Integrated Gradients")
     how.add_argument("--n-steps", type=cli.positive, metavar="M", help="gradient evaluations an image")
-    how.add_argument("--method", choices=cli.choices_of(Method), help="quadrature rule")
+    how.add_argument("--method", choices=METHOD_CHOICES, help="quadrature rule; FILE is what `igstore calibrate` made")
     add_options(how, "baseline", "target", "output", "reduce")
     how.add_argument(
         "--precision",

@@ -1,8 +1,11 @@
 """The article's study: four models on masked ImageNet, their accuracies beside the published ones.
 
+The article: Sean Saito, "What happens when we mask out the 'unimportant' parts of an image?", 2019,
+https://seansaito.github.io/2019/12/03/masked-accuracy
+
 The study is done twice: by the article's formula, which is igstore's default (`plain`), and with the settings that the
 article's code has (`article`). Each time every model is shown its own masked images, and all are shown DenseNet-121's.
-Run the same command again after any interruption: stores resume, and complete evaluations are not repeated.
+If it is interrupted, run the same command again: stores resume, and complete evaluations are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from igstore.masks import MaskOptions
 from igstore.reporting.results import Row, settings_sha256
 from igstore.reporting.results_folder import read_rows
 from igstore.reporting.tables import Table, article_tables, images_of, kinds, percent
-from igstore.schema import BUILT, UNKNOWN_LABEL, Keep
+from igstore.schema import BUILT, UNKNOWN_LABEL, BuildSpec, Keep
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
 
@@ -43,6 +46,11 @@ SETTINGS: dict[str, dict[str, str]] = {
     "article": {"baseline": "noise", "output": "probability", "method": "riemann_left", "reduce": "positive"},
 }
 TITLES = {"plain": "The article's formula", "article": "The settings of the article's code"}
+
+CITATION = (
+    'The article: Sean Saito, What happens when we mask out the "unimportant" parts of an image?, 2019, '
+    "https://seansaito.github.io/2019/12/03/masked-accuracy"
+)
 
 # model: top-1 in percent unmasked, and at each p of P
 ARTICLE: dict[Keep, dict[str, tuple[float, ...]]] = {
@@ -173,7 +181,7 @@ def beside_the_article(rows: Sequence[Row]) -> list[Table]:
             groups = tuple(_compared([row for row in known if row.model == one], published[one]) for one in models)
             header = ("model", "unmasked", *(f"p={p:g}" for p in P))
             masks = next(sentence for sentence, of_masks in kinds(rows).items() if known[0] in of_masks)
-            tables.append(Table(title, masks, header, groups))
+            tables.append(Table(title, f"{masks} {CITATION}.", header, groups))
     return tables
 
 
@@ -205,7 +213,7 @@ def main(argv: Sequence[str]) -> int:
         default=list(SETTINGS),
         help="default: both, one after the other",
     )
-    parser.add_argument("--n-steps", type=cli.positive, default=50, help="gradient evaluations an image")
+    parser.add_argument("--n-steps", type=cli.positive, default=BuildSpec.n_steps, help="gradient evaluations an image")
     parser.add_argument("--limit", type=cli.positive, help="only the first so many images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)

@@ -101,7 +101,7 @@ class Attributor:
 
     def check_method(self, spec: BuildSpec) -> None:
         """Raise `UserError` unless the spec's method exists, with so many steps."""
-        rule(spec.method, spec.n_steps)
+        rule(spec.quadrature, spec.n_steps)
 
     def check_labels(self, labels: NDArray[np.int32], image_ids: Sequence[str]) -> None:
         """Raise `UserError`, naming the image, unless all labels, int32 (image,), are the network's classes or -1."""
@@ -297,7 +297,7 @@ class Attributor:
             x,
             baselines,
             targets,
-            method=spec.method,  # type: ignore[arg-type]  # one of its rules, as `check_method` saw
+            method=spec.quadrature,
             n_steps=spec.n_steps,
             output=spec.output,
             reduce=spec.reduce,

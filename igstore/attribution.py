@@ -23,7 +23,18 @@ from igstore.engine.modules import scores_of
 from igstore.engine.stem import Hoisted
 from igstore.errors import ModelError, UserError
 from igstore.quadrature import rule
-from igstore.schema import FormerPrecision, Method, Output, Precision, Reduce, check_choice, whole_number
+from igstore.schema import (
+    DEFAULT_METHOD,
+    BuildSpec,
+    FormerPrecision,
+    LearnedRule,
+    Method,
+    Output,
+    Precision,
+    Reduce,
+    check_choice,
+    whole_number,
+)
 from igstore.wording import option
 
 # float16 gradients below 6e-5 lose bits and below 6e-8 vanish, so the output is scaled before differentiating;
@@ -154,14 +165,12 @@ def integrated_gradients(
     baselines: Tensor,
     targets: Tensor,
     *,
-    method: Method = "riemann_right",
-    n_steps: int = 50,
-    output: Output = "logit",
-    reduce: Reduce = "sum",
-    precision: Precision | FormerPrecision = "float32",
+    method: Method | LearnedRule = DEFAULT_METHOD,
+    n_steps: int = BuildSpec.n_steps,
+    output: Output = BuildSpec.output,
+    reduce: Reduce = BuildSpec.reduce,
+    precision: Precision | FormerPrecision = BuildSpec.precision,
     batch_size: int = 16,
-    max_error: float | None = None,
-    max_steps: int | None = None,
 ) -> Attributions:
     """Integrated Gradients of `network` along the straight path from `baselines` to `inputs`.
 
@@ -189,10 +198,6 @@ def integrated_gradients(
         (autocast, scaled gradients; sums stay float32).
     batch_size
         (image, step) pairs per gradient evaluation, at most.
-    max_error, max_steps
-        Both or neither, and only for ``riemann_right``: double the m of an image while its completeness error exceeds
-        `max_error` and 2m is at most `max_steps`. Only the new points are evaluated, and the result is that of the
-        rule at the final m.
 
     Returns
     -------
@@ -201,7 +206,7 @@ def integrated_gradients(
     Raises
     ------
     UserError
-        Unknown method, output, reduction or precision; too few steps; `max_error` with another rule.
+        Unknown method, output, reduction or precision; too few steps.
     ModelError
         The network does not return (pair, class).
 
@@ -214,8 +219,6 @@ def integrated_gradients(
     check_choice("output", output, Output)
     check_choice("reduce", reduce, Reduce)
     batch_size = whole_number("batch_size", batch_size, 1)
-    if (max_error is None) != (max_steps is None) or (max_error is not None and method != "riemann_right"):
-        raise UserError("max_error and max_steps go together, and with method riemann_right")
     _check_tensors(network, inputs, baselines, targets)
     alphas, weights = rule(method, n_steps)
     stem: nn.Module = nn.Identity()
@@ -225,7 +228,6 @@ def integrated_gradients(
     lines = network if precision == "mixed" and isinstance(network, OnLines) else None
     if isinstance(network, OnLines):
         body = network.network
-    steps = torch.full((len(inputs),), n_steps, dtype=torch.int64, device=inputs.device)
     with numerics(precision, inputs.device):
         # what was made in inference mode can have no gradient
         inputs, baselines = (one.clone() if one.is_inference() else one for one in (inputs, baselines))
@@ -239,37 +241,19 @@ def integrated_gradients(
         def select(scores: Tensor, some: Tensor) -> Tensor:
             return select_output(scores, some, output)
 
-        def add(images: list[int], alphas: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
-            if lines is not None:
-                lines.add_gradients(sums, f_x, images, alphas, weights, first, difference, targets, select, batch_size)
-                return
-            _add_gradients(sums, f_x, images, alphas, weights, body, first, difference, targets, output, batch_size)
-
-        def error(attributions: Tensor) -> Tensor:
-            total = attributions.flatten(1).sum(dim=1, dtype=torch.float64)
-            return completeness_error(total, f_x - f_b)
-
-        add(list(range(len(inputs))), alphas, weights)
+        if lines is not None:
+            lines.add_gradients(sums, f_x, alphas, weights, first, difference, targets, select, batch_size)
+        else:
+            _add_gradients(sums, f_x, alphas, weights, body, first, difference, targets, output, batch_size)
         if alphas[-1] != 1:  # the path ended before the images
             f_x = select_output(logits(network, inputs, batch_size), targets, output).double()
-        m = n_steps
-        while max_error is not None and max_steps is not None and 2 * m <= max_steps:
-            # a linear stem does not change the sum of the attributions
-            rough = ((error(difference * sums) > max_error) & (steps == m)).nonzero()[:, 0].tolist()
-            if not rough:
-                break
-            # the points of 2m steps that those of m steps lack; the old ones count half from now on
-            sums[rough] /= 2
-            add(rough, np.arange(1, 2 * m, 2) / (2 * m), np.full(m, 1 / (2 * m)))
-            m *= 2
-            steps[rough] = m
         attributions = (inputs - baselines) * _transpose(stem, inputs, sums)  # (image, channel, y, x)
         return Attributions(
             maps=reduce_channels(attributions, reduce),
             output=f_x,
             baseline_output=f_b,
-            completeness_error=error(attributions),
-            n_steps=steps,
+            completeness_error=completeness_error(attributions.flatten(1).sum(dim=1, dtype=torch.float64), f_x - f_b),
+            n_steps=torch.full_like(targets, n_steps),
         )
 
 
@@ -310,7 +294,6 @@ def _transpose(stem: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
 def _add_gradients(
     sums: Tensor,
     f_x: Tensor,
-    images: list[int],
     alphas: NDArray[np.float64],
     weights: NDArray[np.float64],
     network: nn.Module,
@@ -320,23 +303,23 @@ def _add_gradients(
     output: Output,
     batch_size: int,
 ) -> None:
-    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`.
+    """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for each image i.
 
     Where the last alpha is 1, ``f_x[i]`` becomes the output there.
     """
     scaled = torch.is_autocast_enabled(sums.device.type)
     m, dtype, device = len(alphas), sums.dtype, sums.device
     # (pair,), in the order of images; on the device at once, so that nothing in the loop waits for it
-    image = torch.tensor(images, device=device).repeat_interleave(m)
-    alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
-    weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(images))[:, None, None, None]
+    image = torch.arange(len(sums), device=device).repeat_interleave(m)
+    alpha = torch.tensor(alphas, dtype=dtype, device=device).repeat(len(sums))[:, None, None, None]
+    weight = torch.tensor(weights, dtype=dtype, device=device).repeat(len(sums))[:, None, None, None]
     count = -(-len(image) // batch_size)
     batch_size = -(-len(image) // count)  # as many batches, of one size: a small one takes longer an item
     for begin in range(0, len(image), batch_size):
         end = min(begin + batch_size, len(image))
         # the batch's part of every image that it has steps of
         parts = [
-            (images[place], slice(max(begin, place * m), min(end, (place + 1) * m)))
+            (place, slice(max(begin, place * m), min(end, (place + 1) * m)))
             for place in range(begin // m, (end - 1) // m + 1)
         ]
         points = torch.cat([torch.addcmul(start[i, None], alpha[part], difference[i, None]) for i, part in parts])

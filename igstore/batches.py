@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from igstore.blocks import block_grid
 from igstore.engine.ambient import fresh_torch
 from igstore.errors import UserError
 from igstore.freed_memory import freed_memory_kept
-from igstore.masking import Images, MaskedImages, MaskOptions
-from igstore.masks import visible_blocks
+from igstore.masking import Images, MaskedImages
+from igstore.masks import MaskOptions, visible_blocks
 from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.pixels import resize
 from igstore.schema import Preprocessing, several, whole_number
@@ -94,22 +95,27 @@ class MaskedBatches:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __repr__(self) -> str:
+        n_images = sum(map(len, self._runs))
+        cells = f"{len(self._cells)} mask{'s' * (len(self._cells) != 1)}"
+        return f"<MaskedBatches: {n_images} images of {self._source.where} in {len(self)} batches, {cells}>"
+
     def __iter__(self) -> Iterator[MaskedBatch]:
-        tables = {network: normalisation_table(network).to(self._device) for network in self._networks}
+        constants = _Constants(self._cells, self._networks, self._device)
         loading: deque[tuple[Images, Future[Tensors]]] = deque()
         # batches are of one size, and so is their memory
         with freed_memory_kept(), ThreadPoolExecutor(1, "batches") as thread:
             for run in self._runs:
                 loading.append((run, thread.submit(self._load, run)))
                 if len(loading) > 1:
-                    yield self._batch(*loading.popleft(), tables)
+                    yield self._batch(*loading.popleft(), constants)
             while loading:
-                yield self._batch(*loading.popleft(), tables)
+                yield self._batch(*loading.popleft(), constants)
 
-    def _batch(self, images: Images, loaded: Future[Tensors], tables: Mapping[Preprocessing, Tensor]) -> MaskedBatch:
+    def _batch(self, images: Images, loaded: Future[Tensors], constants: _Constants) -> MaskedBatch:
         tensors = {key: tensor.to(self._device, non_blocking=True) for key, tensor in loaded.result().items()}
         labels = self._source.reader.scalars("label")[images]
-        return MaskedBatch(images, labels, tensors, tables, own=self._networks[0])
+        return MaskedBatch(images, labels, tensors, constants)
 
     def _load(self, images: Images) -> Tensors:
         """Everything that the cells need of these images, on the CPU, each thing once."""
@@ -135,6 +141,43 @@ class MaskedBatches:
         return tensors
 
 
+class _Places(NamedTuple):
+    """Where the pixels of a network's input are among the blocks of a ranking; tensors on the device."""
+
+    pixels: tuple[Tensor, Tensor]  # int64 (y,) and (x,): the row and the column of blocks that a pixel belongs to
+    sizes: Tensor  # int64 (block_y, block_x): how many pixels belong to a block
+    n_pixels: int
+
+
+class _Constants:
+    """What all batches have in common, on the device: to give it numbers, the host would wait for it each time.
+
+    Attributes
+    ----------
+    own
+        How the store's own model wants its input.
+    tables
+        For each network, what `normalisation_table` says.
+    places
+        For each size of blocks and of inputs.
+    """
+
+    def __init__(self, cells: Sequence[MaskOptions], networks: Sequence[Preprocessing], device: torch.device) -> None:
+        self.own = networks[0]
+        self.tables = {network: normalisation_table(network).to(device) for network in networks}
+        self.places: dict[tuple[int, tuple[int, int]], _Places] = {}
+        for block in {cell.block for cell in cells}:
+            for crop in {network.crop for network in networks}:
+                down, across = (nearest(own, wanted) // block for own, wanted in zip(self.own.crop, crop, strict=True))
+                grid = block_grid(*self.own.crop, block)
+                heights, widths = (np.bincount(one, minlength=n) for one, n in zip((down, across), grid, strict=True))
+                self.places[block, crop] = _Places(
+                    (torch.from_numpy(down).to(device), torch.from_numpy(across).to(device)),
+                    torch.from_numpy(np.outer(heights, widths)).to(device),
+                    len(down) * len(across),
+                )
+
+
 class MaskedBatch:
     """Some images and what it takes to show them under every mask. Made by `MaskedBatches`.
 
@@ -153,15 +196,12 @@ class MaskedBatch:
         images: Images,
         labels: NDArray[np.int32],
         tensors: Tensors,
-        tables: Mapping[Preprocessing, Tensor],
-        *,
-        own: Preprocessing,
+        constants: _Constants,
     ) -> None:
         self.images = images
         self.labels = labels
         self._tensors = tensors
-        self._tables = tables
-        self._own = own
+        self._constants = constants
         self._normalised: Tensors = {}
 
     def __len__(self) -> int:
@@ -182,7 +222,7 @@ class MaskedBatch:
         """
         network = self._known(network)
         blocks = self._visible_blocks(cell)
-        down, across = self._blocks_of_pixels(cell.block, network)
+        down, across = self._constants.places[cell.block, network.crop].pixels
         mask = blocks.index_select(1, down).index_select(2, across)  # (image, y, x)
         # normalising pixels and fill before they are put together does it once for all masks, and changes no bit
         fill = self._normalise(("fill", cell.fill, cell.seed, network.crop), network)
@@ -192,45 +232,27 @@ class MaskedBatch:
     def visible(self, cell: MaskOptions, network: Preprocessing | None = None) -> Tensor:
         """float64 (image,), 0 to 1: the share of the network's input pixels that the mask leaves visible, exact."""
         blocks = self._visible_blocks(cell)
-        down, across = self._blocks_of_pixels(cell.block, self._known(network))
-        heights = torch.bincount(down, minlength=blocks.shape[1])
-        widths = torch.bincount(across, minlength=blocks.shape[2])
-        n_visible = (blocks * heights[:, None] * widths).sum(dim=(1, 2))
-        return n_visible.double() / (len(down) * len(across))
+        places = self._constants.places[cell.block, self._known(network).crop]
+        n_visible = (blocks * places.sizes).sum(dim=(1, 2))
+        return n_visible.double() / places.n_pixels
 
     def _known(self, network: Preprocessing | None) -> Preprocessing:
-        if network is not None and network not in self._tables:
+        if network is not None and network not in self._constants.tables:
             raise UserError(f"{network} is not among the networks that MaskedBatches was given")
-        return network or self._own
+        return network or self._constants.own
 
     def _visible_blocks(self, cell: MaskOptions) -> Tensor:
         """bool (image, block_y, block_x)."""
         rank, share = (self._get(kind, cell.ranking) for kind in ("rank", "share"))
         random = self._get("random", cell.block, cell.seed) if cell.order == "random" else None
         # the formulas of igstore.masks, which hold for tensors too
-        blocks: Any = visible_blocks(
-            rank,  # type: ignore[arg-type]
-            share,  # type: ignore[arg-type]
-            p=cell.p,
-            keep=cell.keep,
-            select=cell.select,
-            random_rank=random,  # type: ignore[arg-type]
-        )
+        blocks: Any = visible_blocks(rank, share, cell, random)  # type: ignore[arg-type]
         return torch.as_tensor(blocks)
-
-    def _blocks_of_pixels(self, block: int, network: Preprocessing) -> tuple[Tensor, Tensor]:
-        """int64 (y,) and (x,): the row and the column of blocks that each pixel of a network's input belongs to."""
-        device = self._get("pixels", network.crop).device
-        down, across = (
-            torch.from_numpy(nearest(own, wanted) // block).to(device)
-            for own, wanted in zip(self._own.crop, network.crop, strict=True)
-        )
-        return down, across
 
     def _normalise(self, key: tuple[Any, ...], network: Preprocessing) -> Tensor:
         full_key = (*key, network)
         if full_key not in self._normalised:
-            values, table = self._get(*key), self._tables[network]
+            values, table = self._get(*key), self._constants.tables[network]
             # on a CPU arithmetic is faster than looking up, and gives the same bits
             by_arithmetic = values.device.type == "cpu"
             self._normalised[full_key] = normalise(values, network) if by_arithmetic else look_up(values, table)

@@ -7,15 +7,17 @@ ranks and shares of stored maps sooner.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from igstore.compiled import kernels_allowed
 from igstore.errors import UserError
-from igstore.schema import check_choice, whole_number
+from igstore.schema import Score, check_choice, whole_number
 
 try:
     from igstore import _ranking
@@ -53,6 +55,25 @@ SCORES: dict[str, ScoreFunction] = {"positive": positive, "absolute": absolute, 
 def check_block(block: object) -> int:
     """`block` as an int; raise `UserError` unless it is a whole number of pixels that a name of a ranking may have."""
     return whole_number("block", block, 1, MOST_BLOCK)
+
+
+def ranking_name(score: str, block: int) -> str:
+    """The name of a ranking: ``positive-3``.
+
+    Raises
+    ------
+    UserError
+        Unknown score, or a block below 1 pixel.
+    """
+    check_choice("score", score, Score)
+    return f"{score}-{check_block(block)}"
+
+
+def ranking_parts(name: str) -> tuple[str, int] | None:
+    """Score and block of a ranking, from the name that `ranking_name` gave it; None where it is not such a name."""
+    score, _, block = name.rpartition("-")
+    is_name = score in get_args(Score) and re.fullmatch("[1-9][0-9]{0,8}", block)
+    return (score, int(block)) if is_name else None
 
 
 def block_grid(height: int, width: int, block: int = DEFAULT_BLOCK) -> tuple[int, int]:
@@ -263,7 +284,8 @@ def rank_blocks(
     maps = np.asarray(maps)
     check_choice("score", score, SCORES)
     table = _fixed_point_table(SCORES[score])
-    if _ranking is not None and table is not None and _fits_fixed_point(maps, check_block(block)):
+    has_kernel = _ranking is not None and kernels_allowed()
+    if has_kernel and table is not None and _fits_fixed_point(maps, check_block(block)):
         ranked = _rank_in_fixed_point(maps, block, table)
         if ranked is not None:
             return ranked

@@ -5,26 +5,26 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from igstore import cli
 from igstore.building.parts import Part
 from igstore.errors import UserError
-from igstore.images import Split, find_images
 from igstore.info import StoreInfo, describe, next_command, store_info
+from igstore.learned_rules import METHOD_CHOICES
+from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
 from igstore.schema import (
+    DEFAULT_METHOD,
+    DEFAULT_PRECISION,
     Baseline,
     BuildSpec,
-    Interpolation,
-    Method,
     Output,
     Precision,
     Preprocessing,
     Reduce,
+    Split,
     Target,
 )
 from igstore.storage.reader import StoreReader
@@ -33,7 +33,10 @@ from igstore.wording import option
 if TYPE_CHECKING:
     import torch
 
+    from igstore.building.forecast import Forecast
     from igstore.models import Classifier
+
+_OF_THE_MACHINE = ("device", "batch_size", "scheduler", "workers", "part", "rank")  # options that plan nothing
 
 
 def build_store(
@@ -42,21 +45,19 @@ def build_store(
     store: str | os.PathLike[str],
     *,
     weights: str | None = None,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     split: Split = "val",
     labels: str | os.PathLike[str] | None = None,
-    baseline: Baseline = "black",
-    target: Target = "prediction",
-    output: Output = "logit",
-    method: Method = "riemann_right",
-    n_steps: int = 50,
-    max_error: float | None = None,
-    max_steps: int | None = None,
-    precision: Precision = "float32",
-    reduce: Reduce = "sum",
-    pixels: bool = True,
-    shard_size: int = 500,
-    seed: int = 0,
+    baseline: Baseline = BuildSpec.baseline,
+    target: Target = BuildSpec.target,
+    output: Output = BuildSpec.output,
+    method: str = DEFAULT_METHOD,
+    n_steps: int = BuildSpec.n_steps,
+    precision: Precision = DEFAULT_PRECISION,
+    reduce: Reduce = BuildSpec.reduce,
+    pixels: bool = BuildSpec.pixels,
+    shard_size: int = BuildSpec.shard_size,
+    seed: int = BuildSpec.seed,
     limit: int | None = None,
     device: str = "auto",
     batch_size: int | None = None,
@@ -83,11 +84,13 @@ def build_store(
     weights
         As `load_classifier` takes it; only with a name.
     preprocessing
-        Replaces the model's own. For a bare network the default is the size that all images have, and ``pixels / 255``.
+        Replaces the model's own; of a model given by name, a dict such as ``{"resize": 232}`` replaces single fields.
+        For a bare network the default is the size that all images have, and ``pixels / 255``.
     split, labels
         As `find_images` takes them; only with a path.
-    baseline, target, output, method, n_steps, max_error, max_steps, precision, reduce, pixels, shard_size, seed
-        The settings of `BuildSpec`, which decide what the maps are.
+    baseline, target, output, method, n_steps, precision, reduce, pixels, shard_size, seed
+        The settings of `BuildSpec`, which decide what the maps are. The method may also be ``learned:FILE``: a rule of
+        a file that `learn_rules` made, which holds rules for some numbers of steps.
     limit
         Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
     device
@@ -130,9 +133,13 @@ def build_store(
     (2, 1)
     """
     from igstore.building.builder import run_build
+    from igstore.building.devices import find_devices
     from igstore.building.hiring import choose_workers
     from igstore.building.plan import plan_build
 
+    own_part = _part(part, overwrite=overwrite)
+    if scheduler is None:
+        find_devices(device)  # raises before weights are fetched from far
     build = plan_build(
         model,
         images,
@@ -143,37 +150,21 @@ def build_store(
         labels=labels,
         limit=limit,
         overwrite=overwrite,
-        settings={
-            "baseline": baseline,
-            "target": target,
-            "output": output,
-            "method": method,
-            "n_steps": n_steps,
-            "max_error": max_error,
-            "max_steps": max_steps,
-            "precision": precision,
-            "reduce": reduce,
-            "pixels": pixels,
-            "shard_size": shard_size,
-            "seed": seed,
-        },
-    )
-    hire = choose_workers(
-        build,
-        scheduler=scheduler,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        model=model,
-        weights=weights,
-        images=images,
-        split=split,
-        labels=labels,
+        baseline=baseline,
+        target=target,
+        output=output,
+        method=method,
+        n_steps=n_steps,
+        precision=precision,
+        reduce=reduce,
+        pixels=pixels,
+        shard_size=shard_size,
+        seed=seed,
     )
     run_build(
         build,
-        hire,
-        part=_part(part, overwrite=overwrite),
+        choose_workers(build, scheduler=scheduler, device=device, batch_size=batch_size, workers=workers),
+        part=own_part,
         scheduler=scheduler,
         rank=rank,
         overwrite=overwrite,
@@ -208,61 +199,30 @@ def parser() -> cli.Parser:
         default=os.environ.get("IMAGENET_DIR"),
         help="ImageNet's root, a folder WNID/*.JPEG, or a flat folder (default: $IMAGENET_DIR)",
     )
-    what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
-    what.add_argument(
-        "--labels", metavar="CSV", help="CSV with columns file and wnid or class_index, for a flat folder"
-    )
-    what.add_argument(
-        "--limit",
-        type=cli.positive,
-        metavar="N",
-        help="only the first N images by id; a larger N later extends the store",
-    )
+    add_options(what, "split", "labels")
+    add_options(what, "limit", help="only the first N images by id; a larger N later extends the store")
     where = parser.add_argument_group("where to")
     where.add_argument("--store", metavar="STORE", help="folder of the store (default: MODEL.zarr)")
-    where.add_argument("--shard-size", type=cli.positive, default=500, metavar="N", help="images a shard")
-    where.add_argument(
-        "--no-pixels",
-        dest="pixels",
-        action="store_false",
-        help="leave the images' pixels out: smaller, and no redistribution of the data set",
-    )
-    where.add_argument("--no-rank", dest="rank", action="store_false", help="do not rank the blocks at the end")
-    where.add_argument("--overwrite", action="store_true", help="remove the store that is there and begin anew")
+    add_options(where, "shard_size", "no_pixels", "no_rank", "overwrite")
     where.add_argument(
         "--dry-run", action="store_true", help="say what would be done, with an estimate of the time, and stop"
     )
     how = parser.add_argument_group("Integrated Gradients")
-    how.add_argument("--n-steps", type=cli.positive, default=50, metavar="M", help="gradient evaluations an image")
-    how.add_argument("--method", default="riemann_right", choices=cli.choices_of(Method), help="quadrature rule")
-    how.add_argument(
-        "--baseline", default="black", choices=cli.choices_of(Baseline), help="where the path begins, in pixel space"
-    )
-    how.add_argument("--target", default="prediction", choices=cli.choices_of(Target), help="class that is attributed")
-    how.add_argument("--output", default="logit", choices=cli.choices_of(Output), help="what is attributed")
-    how.add_argument(
-        "--max-error", type=float, metavar="E", help="double the steps while the completeness error exceeds E"
-    )
-    how.add_argument("--max-steps", type=cli.positive, metavar="M", help="but not beyond M steps")
-    how.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
+    how.add_argument("--n-steps", type=cli.positive, metavar="M", help="gradient evaluations an image")
+    how.add_argument("--method", choices=METHOD_CHOICES, help="quadrature rule; FILE is what `igstore calibrate` made")
+    add_options(how, "baseline", "target", "output", "reduce")
     how.add_argument(
         "--precision",
-        default="float32",
         choices=cli.choices_of(Precision),
         help="arithmetic of the gradients: float32; mixed, for GPUs, several times as fast, whose masks at p=50 share "
         "0.995 of their blocks with float32's; tf32 and float16 share 0.95 and 0.91 to 0.97",
     )
-    how.add_argument("--seed", type=int, default=0, help="of the noise baseline")
-    pictures = parser.add_argument_group("preprocessing, where it is not the one that comes with the weights")
-    pictures.add_argument("--resize", type=cli.positive, metavar="PX", help="length of the shorter side")
-    pictures.add_argument("--crop", type=cli.positive, metavar="PX", help="side of the centre crop")
-    pictures.add_argument("--interpolation", choices=cli.choices_of(Interpolation), help="of the resize")
-    pictures.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
-    pictures.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
+    add_options(how, "seed", help="of the noise baseline")
+    add_preprocessing(parser)
     machine = parser.add_argument_group("the machine, or several; pipelines/CLUSTER.md says more")
-    machine.add_argument(
-        "--device",
-        default="auto",
+    add_options(
+        machine,
+        "device",
         help="auto, cpu, cuda, cuda:N, a list such as cuda:0,cuda:2, or all GPUs: a process for each",
     )
     machine.add_argument(
@@ -282,13 +242,12 @@ def parser() -> cli.Parser:
         metavar="auto|N",
         help="(image, step) pairs a gradient evaluation",
     )
-    machine.add_argument(
-        "--workers",
-        type=cli.positive,
-        metavar="N",
+    add_options(
+        machine,
+        "workers",
         help="threads that decode images, of each process (default: one a core, at most 16 in all)",
     )
-    return parser
+    return parser.of(build_store)
 
 
 def _batch_size(text: str) -> int | None:
@@ -301,53 +260,37 @@ def main(argv: Sequence[str]) -> int:
     options = vars(parsed)
     if options["images"] is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR; data/README.md says how to lay ImageNet out")
-    from igstore.building.builder import run_build
-    from igstore.building.devices import find_devices
-    from igstore.building.forecast import forecast
-    from igstore.building.hiring import choose_workers
-    from igstore.building.plan import plan_build
-    from igstore.models import load_classifier
-
     part = _part(options["part"], overwrite=options["overwrite"])
-    if options["dry_run"] and options["scheduler"]:
-        raise UserError("--dry-run measures this machine, and --scheduler leaves the work to others; leave one out")
-    names = {field.name for field in dataclasses.fields(BuildSpec)}
-    preprocessing = {name: options[name] for name in ("resize", "crop", "interpolation", "mean", "std")}
-    # what is at hand first: weights may have to be fetched from far
-    listed = find_images(options["images"], split=options["split"], labels=options["labels"])
-    if not options["scheduler"]:
-        find_devices(options["device"])
-    build = plan_build(
-        load_classifier(options["model"], options["weights"], **preprocessing),
-        listed,
-        options["store"] or options["model"].replace(":", "-").replace("/", "-") + ".zarr",
-        weights=None,
-        preprocessing=None,
-        split="val",
-        labels=None,
-        limit=options["limit"],
-        overwrite=options["overwrite"],
-        settings={name: value for name, value in options.items() if name in names - {"model", "weights"}},
-    )
-    if options["dry_run"]:
-        expected = forecast(build, part=part, device=options["device"], batch_size=options["batch_size"])
+    options["preprocessing"] = pop_preprocessing(options)
+    options["store"] = options["store"] or options["model"].replace(":", "-").replace("/", "-") + ".zarr"
+    if options.pop("dry_run"):
+        expected = _forecast(options, part)
         output.result(expected, expected.lines())
         return cli.DONE
-    handed_on = ("device", "batch_size", "workers", "model", "weights", "images", "split", "labels")
-    hire = choose_workers(build, scheduler=options["scheduler"], **{name: options[name] for name in handed_on})
-    run = {name: options[name] for name in ("scheduler", "rank", "overwrite")}
-    run_build(build, hire, part=part, **run, show_progress=output.show_progress)
-    if build.spec.pixels:
+    info = build_store(**options, show_progress=output.show_progress)
+    if options["pixels"]:
         output.note(
             "note: the store holds the images' pixels, so whoever shares it redistributes them; "
             "--no-pixels leaves them out"
         )
-    info = store_info(build.path)
     output.summary(info, [*describe(info), *_next(info, part)])
-    return cli.SOME_IMAGES_FAILED if _failed(build.path, part) else cli.DONE
+    return cli.SOME_IMAGES_FAILED if _failed(info.path, part) else cli.DONE
 
 
-def _failed(path: Path, part: Part) -> bool:
+def _forecast(options: dict[str, Any], part: Part) -> Forecast:
+    """What `build_store` would do with these options."""
+    from igstore.building.devices import find_devices
+    from igstore.building.forecast import forecast
+    from igstore.building.plan import plan_build
+
+    device, batch_size, scheduler, *_ = (options.pop(name) for name in _OF_THE_MACHINE)
+    if scheduler is not None:
+        raise UserError("--dry-run measures this machine, and --scheduler leaves the work to others; leave one out")
+    find_devices(device)
+    return forecast(plan_build(**options), part=part, device=device, batch_size=batch_size)
+
+
+def _failed(path: str, part: Part) -> bool:
     """Whether images of the part's own shards failed: what other parts meet must not depend on who is first."""
     reader = StoreReader(path)
     records = [reader.records.get(shard) for shard in part.shards(reader.n_shards)]
@@ -360,8 +303,7 @@ def _part(text: str | None, *, overwrite: bool) -> Part:
     if overwrite:
         raise UserError(
             f"{option('overwrite')} and {option('part')} {text} do not go together: each part would remove what the "
-            "others have built; remove "
-            "the store first, then start the parts"
+            "others have built; remove the store first, then start the parts"
         )
     return Part.parse(text)
 

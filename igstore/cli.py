@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 import logging
@@ -39,10 +40,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        nothing_to_say = default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, [])
+        nothing_to_say = default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, [], ())
         if nothing_to_say or "default" in (action.help or ""):
             return action.help
-        said = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        said = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
         return f"{action.help} (default: {said.replace('%', '%%')})"
 
 
@@ -106,6 +107,18 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object instead of text"
         )
+
+    def of(self, function: Callable[..., Any]) -> Parser:
+        """This parser, its options' defaults being those of the function that they are given to.
+
+        Options that have a default of their own keep it.
+        """
+        parameters = inspect.signature(function).parameters
+        for action in self._actions:
+            parameter = parameters.get(action.dest)
+            if action.default is None and parameter is not None and parameter.default is not parameter.empty:
+                action.default = parameter.default
+        return self
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Output]:
         """The command's own options, and where its words go."""

@@ -17,11 +17,11 @@ import numpy as np
 import xarray as xr
 
 from igstore import cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES, block_grid
+from igstore.blocks import block_grid
 from igstore.errors import StoreExistsError, UserError
-from igstore.evaluate import as_shown
-from igstore.masking import MaskedImages, MaskOptions
-from igstore.masks import FILLS
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions
+from igstore.option_groups import add_options
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series
 from igstore.reporting.texts import csv_text
 from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number
@@ -52,9 +52,9 @@ def insertion_deletion(
     steps: int = 50,
     deletion_fill: Fill = "mean",
     insertion_fill: Fill = "blur",
-    score: Score = "positive",
-    block: int = DEFAULT_BLOCK,
-    seed: int = 0,
+    score: Score = MaskOptions.score,
+    block: int = MaskOptions.block,
+    seed: int = MaskOptions.seed,
     images: Any = None,
     limit: int | None = None,
     device: str = "auto",
@@ -190,7 +190,7 @@ def _classifier(
 ) -> Classifier:
     from torch.nn import Module
 
-    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
+    from igstore.models import Classifier, as_shown, fitted, load_classifier, recorded_classifier
 
     if model is None:
         return recorded_classifier(store.spec, store.where, parameter="model", weights=weights)
@@ -200,7 +200,7 @@ def _classifier(
         raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a network")
     if weights is not None:
         raise UserError(f"{option('weights')} goes with a model given by name; a network brings its own")
-    return as_shown(model, store)
+    return as_shown(model, store.spec)
 
 
 # --- What is made of them
@@ -277,20 +277,15 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("store", metavar="STORE", help="a ranked store")
     parser.add_argument("--model", metavar="NAME", help="who is shown the images (default: the store's own model)")
-    parser.add_argument("--weights", metavar="W", help="as igstore build takes them")
-    parser.add_argument("--steps", type=cli.positive, default=50, metavar="N", help="in which all blocks are changed")
-    parser.add_argument("--deletion-fill", default="mean", choices=list(FILLS), help="what a deleted pixel becomes")
-    parser.add_argument("--insertion-fill", default="blur", choices=list(FILLS), help="what insertion starts from")
-    parser.add_argument("--score", default="positive", choices=list(SCORES), help="the ranking to use")
-    parser.add_argument("--block", type=cli.positive, default=DEFAULT_BLOCK, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the random order and of the noise")
-    parser.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
-    parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    add_options(parser, "weights")
+    parser.add_argument("--steps", type=cli.positive, metavar="N", help="in which all blocks are changed")
+    parser.add_argument("--deletion-fill", choices=cli.choices_of(Fill), help="what a deleted pixel becomes")
+    parser.add_argument("--insertion-fill", choices=cli.choices_of(Fill), help="what insertion starts from")
+    add_options(parser, "score", "block", "seed", "limit", "images")
     parser.add_argument("--out", metavar="DIR", help="folder for auc.csv, curves.csv and curves.png")
-    parser.add_argument("--overwrite", action="store_true", help="replace the curves that are there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
-    return parser
+    add_options(parser, "overwrite", help="replace the curves that are there")
+    add_options(parser, "device", "batch_size")
+    return parser.of(insertion_deletion)
 
 
 def main(argv: Sequence[str]) -> int:

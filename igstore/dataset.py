@@ -12,9 +12,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
-from igstore.blocks import DEFAULT_BLOCK
+from igstore.cli import printable
 from igstore.freed_memory import keep_freed_memory
-from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions, warn_of_fractions
 from igstore.normalisation import normalise
 from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage.reader import StoreReader
@@ -35,7 +36,7 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     store
         Path or URL of a store, or a `StoreReader`.
     p, keep, select, score, block, fill, order, seed
-        As `igstore.masking.MaskOptions`.
+        As `igstore.masks.MaskOptions`.
     images
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.
@@ -78,15 +79,15 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     def __init__(
         self,
         store: str | os.PathLike[str] | StoreReader,
-        p: float = 50,
-        keep: Keep = "bottom",
+        p: float = MaskOptions.p,
+        keep: Keep = MaskOptions.keep,
         *,
-        select: Select = "mass",
-        score: Score = "positive",
-        block: int = DEFAULT_BLOCK,
-        fill: Fill = "black",
-        order: Order = "attribution",
-        seed: int = 0,
+        select: Select = MaskOptions.select,
+        score: Score = MaskOptions.score,
+        block: int = MaskOptions.block,
+        fill: Fill = MaskOptions.fill,
+        order: Order = MaskOptions.order,
+        seed: int = MaskOptions.seed,
         images: Any = None,
         where: ArrayLike | None = None,
         transform: Callable[[torch.Tensor], Any] | None = None,
@@ -178,4 +179,4 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
 def _describe(store: StoreReader) -> list[str]:
     failed, missing = ((store.status == status).sum() for status in (FAILED, NOT_BUILT))
     left_out = [f"Left out: {failed} failed, {missing} not built"] if failed or missing else []
-    return [f"Made by: {store.spec.model}, weights {store.spec.weights}", *left_out]
+    return [printable(f"Made by: {store.spec.model}, weights {store.spec.weights}"), *left_out]

@@ -5,27 +5,36 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
 from igstore import cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES
 from igstore.errors import UserError
-from igstore.masking import MaskedImages, MaskOptions, warn_of_fractions
-from igstore.masks import FILLS, SELECTIONS
+from igstore.masking import MaskedImages
+from igstore.masks import MaskOptions, warn_of_fractions
+from igstore.option_groups import add_options
 from igstore.reporting.results import Row, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import check_out, write_report
-from igstore.reporting.tables import article_tables
-from igstore.schema import FAILED, NOT_BUILT, Fill, Keep, Order, Score, Select, as_path, several
+from igstore.reporting.tables import article_tables, overview
+from igstore.schema import (
+    FAILED,
+    NOT_BUILT,
+    Fill,
+    ForwardPrecision,
+    Keep,
+    Order,
+    Score,
+    Select,
+    as_path,
+    check_choice,
+    several,
+)
 from igstore.storage.reader import StoreReader
 from igstore.wording import option
 
@@ -38,21 +47,30 @@ if TYPE_CHECKING:
 
 Store = str | os.PathLike[str] | StoreReader
 
+_MOST_LINES = 40  # of a screen
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found. Printed, or shown by a notebook, it is a table of the top-1 accuracies.
 
     Attributes
     ----------
     rows
-        One `Row` for each store, model and mask.
+        One `Row` for each store, model and mask: accuracies with intervals, the share of visible pixels, the
+        provenance. ``pandas.DataFrame(rows)`` is a table of them.
     predictions
         The predicted class of every image; see `igstore.reporting.results.predictions`.
     """
 
     rows: list[Row]
     predictions: xr.Dataset
+
+    def __repr__(self) -> str:
+        return "\n\n".join(table.text() for table in overview(self.rows, _MOST_LINES))
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(table.markdown() for table in overview(self.rows, _MOST_LINES))
 
 
 def evaluate(
@@ -62,16 +80,17 @@ def evaluate(
     weights: str | Sequence[str | None] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     keep: Keep | Sequence[Keep] = ("top", "bottom"),
-    select: Select | Sequence[Select] = "mass",
-    score: Score | Sequence[Score] = "positive",
-    block: int | Sequence[int] = DEFAULT_BLOCK,
-    fill: Fill | Sequence[Fill] = "black",
+    select: Select | Sequence[Select] = MaskOptions.select,
+    score: Score | Sequence[Score] = MaskOptions.score,
+    block: int | Sequence[int] = MaskOptions.block,
+    fill: Fill | Sequence[Fill] = MaskOptions.fill,
     order: Order | Sequence[Order] = ("attribution", "random"),
-    seed: int = 0,
+    seed: int = MaskOptions.seed,
     images: Any = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     device: str = "auto",
+    precision: ForwardPrecision = "float32",
     batch_size: int | None = None,
     limit: int | None = None,
     show_progress: bool = False,
@@ -102,6 +121,8 @@ def evaluate(
         Replace the results of an earlier evaluation that are there.
     device
         ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    precision
+        ``float32``; ``tf32``, on GPUs; or ``float16``, which is fastest on GPUs. A few predictions may differ.
     batch_size
         Images that a network is shown at once; None is 32 on a CPU, 128 on a GPU.
     limit
@@ -125,6 +146,7 @@ def evaluate(
     >>> [(row.p, row.n) for row in found.rows]
     [(90.0, 4), (50.0, 4)]
     """
+    from igstore.attribution import check_precision
     from igstore.building.devices import find_device
     from igstore.reporting.showing import ShowingPlan, show
 
@@ -136,6 +158,8 @@ def evaluate(
     on = find_device(device)
     if out is not None:
         check_out(out, overwrite=overwrite)
+    check_choice("precision", precision, ForwardPrecision)
+    check_precision(precision, on)
     _check_labels(readers)
     for reader in readers:  # before weights are fetched from far
         source = MaskedImages(reader, images)
@@ -147,7 +171,7 @@ def evaluate(
         ShowingPlan(store, some, cells, images=images, limit=limit, batch_size=batch_size, device=on)
         for store, some in zip(readers, shown_to, strict=True)
     ]
-    shown = show(plans, show_progress=show_progress)
+    shown = show(plans, precision=precision, show_progress=show_progress)
     evaluation = Evaluation([row for one in shown for row in measure(one, cells)], predictions(shown, cells))
     if out is not None:
         write_report(out, evaluation.rows, evaluation.predictions, overwrite=overwrite)
@@ -211,7 +235,7 @@ def _classifiers(
     """For each store, the classifiers that its images are shown to."""
     from torch.nn import Module
 
-    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
+    from igstore.models import Classifier, as_shown, fitted, load_classifier, recorded_classifier
 
     if models is None:
         pairs = zip(stores, _one_each(weights, len(stores)), strict=True)
@@ -225,20 +249,11 @@ def _classifiers(
     def shown_to(store: StoreReader) -> list[Classifier]:
         named = iter(loaded)
         return [
-            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store) for model in given
+            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store.spec)
+            for model in given
         ]
 
     return list(map(shown_to, stores))
-
-
-def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classifier:
-    """A classifier as it is, and a network with the preprocessing of the store whose images it is shown."""
-    from igstore.models import Classifier, classifier_from_module
-
-    if isinstance(model, Classifier):
-        return model
-    prepared = dataclasses.replace(store.spec.preprocessing, resize=None)  # by the store
-    return classifier_from_module(model, preprocessing=prepared)
 
 
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:
@@ -272,33 +287,19 @@ def parser() -> cli.Parser:
         "--weights", nargs="+", metavar="W", help="as igstore build takes them: one for each model, or one for all"
     )
     what = parser.add_argument_group("masks")
-    what.add_argument("--p", nargs="+", type=float, default=[90, 70, 50, 30], help="percentages, 0 to 100")
-    what.add_argument(
-        "--keep", nargs="+", default=cli.choices_of(Keep), choices=cli.choices_of(Keep), help="what is shown"
-    )
-    what.add_argument(
-        "--select", nargs="+", default=["mass"], choices=list(SELECTIONS), help="what p is a percentage of"
-    )
-    what.add_argument("--score", nargs="+", default=["positive"], choices=list(SCORES), help="the rankings to use")
-    what.add_argument("--block", nargs="+", type=cli.positive, default=[DEFAULT_BLOCK], help="side in pixels")
-    what.add_argument("--fill", nargs="+", default=["black"], choices=list(FILLS), help="what a hidden pixel becomes")
-    what.add_argument(
-        "--order",
-        nargs="+",
-        default=cli.choices_of(Order),
-        choices=cli.choices_of(Order),
-        help="random is the control: as many blocks, in a random order",
-    )
-    what.add_argument("--seed", type=int, default=0, help="of the random order and of the noise")
-    what.add_argument("--limit", type=cli.positive, metavar="N", help="only the first N images")
-    what.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    add_options(what, "p", "keep", "select", "score", "block", "fill", "order", nargs="+")
+    add_options(what, "seed", "limit", "images")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for results.json, results.csv, tables.md and predictions.zarr"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier evaluation there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once")
-    return parser
+    add_options(parser, "overwrite", help="replace the results of an earlier evaluation there")
+    add_options(parser, "device", "batch_size")
+    parser.add_argument(
+        "--precision",
+        choices=cli.choices_of(ForwardPrecision),
+        help="arithmetic of the networks; tf32 and float16 are faster on GPUs, and a few predictions may differ",
+    )
+    return parser.of(evaluate)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -324,14 +325,6 @@ def main(argv: Sequence[str]) -> int:
         output.note(f"results in {options['out']}")
     return cli.DONE
 
-
-class _CallableModule(ModuleType):
-    """Importing this module sets the package's attribute ``evaluate`` to it, which must remain the function."""
-
-    __call__ = staticmethod(evaluate)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     raise SystemExit(cli.run(main))

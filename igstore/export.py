@@ -130,13 +130,13 @@ def parser() -> cli.Parser:
     parser.add_argument("store", metavar="STORE", help="path or URL of the store, in any form")
     parser.add_argument("out", metavar="OUT", help="file or folder to make")
     purposes = "; ".join(f"{name}, {one.purpose}" for name, one in FORMATS.items())
-    parser.add_argument("--format", default="zarr", choices=list(FORMATS), help=purposes)
+    parser.add_argument("--format", choices=list(FORMATS), help=purposes)
     parser.add_argument(
         "--compress",
         choices=cli.choices_of(Compress),
         help="compress each image's arrays, for stores that are sent far",
     )
-    return parser
+    return parser.of(export_store)
 
 
 def main(argv: Sequence[str]) -> int:

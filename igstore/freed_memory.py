@@ -14,13 +14,14 @@ _thresholds = (32 << 20, 64 << 20)
 
 
 def keep_freed_memory(n_bytes: int) -> None:
-    """From now on, have this process keep up to so many bytes of freed tensors for the next ones.
+    """Keep up to `n_bytes` of freed memory in this process, for the next arrays and tensors.
 
     glibc would give them back to the system at the end of each batch, and the system clears their pages again for the
     next one, which costs more than all else that is done to a batch of images. Where the C library is another one,
-    nothing changes.
+    nothing changes. Repeated calls cost nothing.
     """
-    _set_thresholds(mmap=n_bytes, trim=n_bytes)
+    if _thresholds != (n_bytes, n_bytes):
+        _set_thresholds(mmap=n_bytes, trim=n_bytes)
 
 
 @contextmanager

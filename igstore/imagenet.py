@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +26,9 @@ from PIL import Image
 
 from igstore.errors import DataNotFoundError, ImageError, UserError
 from igstore.names import as_seen, is_foreign
-from igstore.schema import UNKNOWN_LABEL
+from igstore.schema import UNKNOWN_LABEL, Split
 from igstore.storage.reading import open_regular, read_whole
 from igstore.wording import option
-
-Split = Literal["val", "train"]
 
 _MOST_OF_DEVKIT = 2**26  # bytes, unpacked: ten times what it has
 

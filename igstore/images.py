@@ -26,12 +26,12 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from igstore.errors import IgstoreError, ImageError, UserError
-from igstore.imagenet import LAYOUT_HELP, Split, find_labels, locate, synsets
+from igstore.imagenet import LAYOUT_HELP, find_labels, locate, synsets
 from igstore.names import as_seen
-from igstore.schema import UNKNOWN_LABEL, Preprocessing, as_path, check_choice, whole_number
+from igstore.schema import UNKNOWN_LABEL, Preprocessing, Split, as_path, check_choice, whole_number
 from igstore.storage.reading import access_error, is_of_the_machine
 
-__all__ = ["LAYOUT_HELP", "ImageList", "Split", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
+__all__ = ["LAYOUT_HELP", "ImageList", "as_image_list", "find_images", "fingerprint", "prepare", "synsets"]
 
 _MAX_LABEL = np.iinfo(np.int32).max
 

@@ -6,7 +6,7 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from igstore import cli
 from igstore.building.given_maps import GivenMaps, read_ids
 from igstore.building.parts import Part
 from igstore.errors import UserError
-from igstore.images import ImageList, Split, find_images
+from igstore.images import ImageList, find_images
 from igstore.info import StoreInfo, describe, next_command, store_info
-from igstore.schema import IMAGE, IMPORTED, Baseline, Interpolation, Output, Preprocessing, Reduce, Target
+from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
+from igstore.schema import IMAGE, IMPORTED, Baseline, BuildSpec, Output, Preprocessing, Reduce, Split, Target
 from igstore.wording import option
 
 if TYPE_CHECKING:
@@ -38,16 +39,16 @@ def import_maps(
     made_by: str,
     ids: Sequence[str] | None = None,
     weights: str | None = None,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     split: Split = "val",
     labels: str | os.PathLike[str] | None = None,
-    baseline: Baseline = "black",
-    target: Target = "prediction",
-    output: Output = "logit",
-    reduce: Reduce = "sum",
-    pixels: bool = True,
-    shard_size: int = 500,
-    seed: int = 0,
+    baseline: Baseline = BuildSpec.baseline,
+    target: Target = BuildSpec.target,
+    output: Output = BuildSpec.output,
+    reduce: Reduce = BuildSpec.reduce,
+    pixels: bool = BuildSpec.pixels,
+    shard_size: int = BuildSpec.shard_size,
+    seed: int = BuildSpec.seed,
     limit: int | None = None,
     device: str = "auto",
     batch_size: int | None = None,
@@ -135,25 +136,18 @@ def import_maps(
         classifier,
         chosen,
         store,
-        weights=None,
-        preprocessing=None,
-        split=split,
-        labels=None,
-        limit=None,
         overwrite=overwrite,
-        settings={
-            "baseline": baseline,
-            "target": target,
-            "output": output,
-            "method": IMPORTED,
-            "n_steps": 0,
-            "reduce": reduce,
-            "pixels": pixels,
-            "shard_size": shard_size,
-            "seed": seed,
-            "maps_by": made_by,
-            "maps_sha256": given.sha256(),
-        },
+        baseline=baseline,
+        target=target,
+        output=output,
+        method=IMPORTED,
+        n_steps=0,
+        reduce=reduce,
+        pixels=pixels,
+        shard_size=shard_size,
+        seed=seed,
+        maps_by=made_by,
+        maps_sha256=given.sha256(),
     )
     importer = partial(Importer, maps=given)
     hire = partial(Worker, device=on, batch_size=batch_size, workers=workers, attributor=importer)
@@ -246,40 +240,19 @@ def parser() -> cli.Parser:
     what.add_argument(
         "--model", required=True, metavar="NAME", help="the model that they explain, as igstore build takes it"
     )
-    what.add_argument("--weights", metavar="W", help="as igstore build takes them")
-    what.add_argument("--target", default="prediction", choices=cli.choices_of(Target), help="class that they explain")
-    what.add_argument("--reduce", default="sum", choices=cli.choices_of(Reduce), help="how channels become one map")
-    what.add_argument("--split", default="val", choices=cli.choices_of(Split), help="which part of ImageNet's root")
-    what.add_argument(
-        "--labels", metavar="CSV", help="CSV with columns file and wnid or class_index, for a flat folder"
-    )
-    what.add_argument("--limit", type=cli.positive, metavar="N", help="the maps are of the first N images")
+    add_options(what, "weights", "target", "reduce", "split", "labels")
+    add_options(what, "limit", help="the maps are of the first N images")
     where = parser.add_argument_group("where to")
     where.add_argument("--store", metavar="STORE", help="folder of the store (default: MAPS with .zarr)")
-    where.add_argument("--shard-size", type=cli.positive, default=500, metavar="N", help="images a shard")
-    where.add_argument(
-        "--no-pixels",
-        dest="pixels",
-        action="store_false",
-        help="leave the images' pixels out: smaller, and no redistribution of the data set",
-    )
-    where.add_argument("--no-rank", dest="rank", action="store_false", help="do not rank the blocks at the end")
-    where.add_argument("--overwrite", action="store_true", help="remove the store that is there and begin anew")
+    add_options(where, "shard_size", "no_pixels", "no_rank", "overwrite")
     how = parser.add_argument_group("what completeness is measured with")
-    how.add_argument("--baseline", default="black", choices=cli.choices_of(Baseline), help="in pixel space")
-    how.add_argument("--output", default="logit", choices=cli.choices_of(Output), help="of the target")
-    how.add_argument("--seed", type=int, default=0, help="of the noise baseline")
-    pictures = parser.add_argument_group("preprocessing, where it is not the one that comes with the weights")
-    pictures.add_argument("--resize", type=cli.positive, metavar="PX", help="length of the shorter side")
-    pictures.add_argument("--crop", type=cli.positive, metavar="PX", help="side of the centre crop")
-    pictures.add_argument("--interpolation", choices=cli.choices_of(Interpolation), help="of the resize")
-    pictures.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
-    pictures.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="in [0, 1]")
+    add_options(how, "baseline", "output")
+    add_options(how, "seed", help="of the noise baseline")
+    add_preprocessing(parser)
     machine = parser.add_argument_group("the machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    machine.add_argument("--batch-size", type=cli.positive, metavar="N", help="images at once (default: what fits)")
-    machine.add_argument("--workers", type=cli.positive, metavar="N", help="threads that decode images")
-    return parser
+    add_options(machine, "device", "workers")
+    add_options(machine, "batch_size", help="images at once (default: what fits)")
+    return parser.of(import_maps)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -291,18 +264,9 @@ def main(argv: Sequence[str]) -> int:
     order = order_of_maps(images, listed, ids=None if ids is None else read_ids(ids), limit=options["limit"])
     if ids is None:
         output.note(f"maps in the order of the image ids: the first is of {order[0]}, the last of {order[-1]}")
-    from igstore.models import load_classifier
-
-    preprocessing = {name: options.pop(name) for name in ("resize", "crop", "interpolation", "mean", "std")}
-    info = import_maps(
-        maps,
-        load_classifier(options.pop("model"), options.pop("weights"), **preprocessing),
-        listed,
-        store or Path(maps).with_suffix(".zarr").name,
-        ids=order,
-        **options,
-        show_progress=output.show_progress,
-    )
+    options["preprocessing"] = pop_preprocessing(options)
+    store = store or Path(maps).with_suffix(".zarr").name
+    info = import_maps(maps, images=listed, store=store, ids=order, **options, show_progress=output.show_progress)
     output.summary(info, [*describe(info), next_command(info)])
     return cli.SOME_IMAGES_FAILED if info.failed else cli.DONE
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL, names_code
+from igstore.schema import BUILT, IMPORTED, LEARNED, UNKNOWN_LABEL, names_code
 from igstore.storage.files import Folder
 from igstore.storage.reader import StoreReader
 from igstore.storage.sources import LocalFiles
@@ -23,16 +23,18 @@ _FEW = 10  # names listed before "and so on"
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store's contents in figures.
+    """A store's contents in figures. Printed, or shown by a notebook, it is what `igstore info` prints.
 
     Attributes
     ----------
-    path, settings
-        Where it is, and the attributes of its `BuildSpec`.
+    path, settings, versions
+        Where it is, the attributes of its `BuildSpec`, and the version of each library that made it.
     n_images, n_built, n_failed, n_missing
         Listed images, and how many of them are built, failed, or in no finished shard; n_images is their sum.
     n_kept
-        Images of unfinished shards that a build, which is at work or was interrupted, has kept for when it goes on.
+        Images that are done in shards that are not: a build is at work on them, or will resume with them.
+    n_shards
+        How many files of `shard_size` images each array is divided into.
     failed
         The reason why each failed image failed, by id.
     missing_shards
@@ -85,6 +87,9 @@ class StoreInfo:
     devices: list[str]
     rankings: dict[str, int]
     omitted: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(map(cli.printable, describe(self)))
 
     @property
     def is_complete(self) -> bool:
@@ -169,9 +174,12 @@ def describe(info: StoreInfo) -> list[str]:
     settings = info.settings
     height, width = settings["crop"]
     steps = f"{settings['n_steps']} steps"
-    if settings["max_error"] is not None:
+    if settings["max_error"] is not None:  # of a store that an earlier version built
         steps += f", doubled up to {settings['max_steps']} while the completeness error exceeds {settings['max_error']}"
     made = f"{settings['method']}, {steps}"
+    if settings["method"] == LEARNED:
+        rule = settings["learned_rule"]
+        made = f"{made}, fitted to {rule['n_images']} images and {rule['model']} (IoU {rule['iou']:.3f})"
     if settings["method"] == IMPORTED:
         made = f"imported, made by {settings['maps_by']} (sha256 {settings['maps_sha256'][:12]})"
     lines = [

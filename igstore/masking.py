@@ -1,14 +1,12 @@
 """From a store to masked images: the one path behind views, data sets and batches. Needs no torch.
 
-`MaskOptions` says which mask; `MaskedImages` reads ranks, shares and pixels, and makes it. Images are numbered as in
-the store.
+`MaskedImages` reads ranks, shares and pixels, and makes what `igstore.masks.MaskOptions` ask for. Images are numbered
+as in the store.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,94 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from igstore import masks
-from igstore.blocks import DEFAULT_BLOCK, block_grid, check_block, expand
+from igstore.blocks import block_grid, expand
 from igstore.errors import StoreNotFoundError, UserError
-from igstore.masks import FILLS, Bools, FillContext, Pixels, Ranks, Shares
+from igstore.masks import FILLS, Bools, FillContext, MaskOptions, Pixels, Ranks, Shares
 from igstore.pixels import PixelSource, find_pixels, open_pixels
-from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, Select, whole_number
-from igstore.storage import layout
+from igstore.schema import BUILT, IMAGE
 from igstore.storage.reader import RankingReader, StoreReader
 
 Images = NDArray[np.int64]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskOptions:
-    """Which mask, and what hides what it hides.
-
-    Parameters
-    ----------
-    p
-        0 to 100: how far the top set goes.
-    keep
-        ``"top"`` shows the top set, ``"bottom"`` its complement.
-    select
-        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
-    score, block
-        The ranking that is used.
-    fill
-        What a hidden pixel becomes: a name in `igstore.masks.FILLS`.
-    order
-        ``"attribution"``, or the control ``"random"``.
-    seed
-        Of the random order and of the noise.
-
-    Raises
-    ------
-    UserError
-        A value is not allowed; the message names those that are.
-
-    >>> MaskOptions(p=30, keep="top").ranking
-    'positive-3'
-    >>> MaskOptions(p=300)
-    Traceback (most recent call last):
-        ...
-    igstore.errors.UserError: p is 300; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half
-    """
-
-    p: float = 50.0
-    keep: Keep = "bottom"
-    select: Select = "mass"
-    score: Score = "positive"
-    block: int = DEFAULT_BLOCK
-    fill: Fill = "black"
-    order: Order = "attribution"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "p", masks.check_p(self.p))
-        object.__setattr__(self, "block", check_block(self.block))
-        masks.check_options(keep=self.keep, select=self.select, fill=self.fill, order=self.order)
-        object.__setattr__(self, "seed", whole_number("seed", self.seed, -(2**63), 2**63 - 1))
-        layout.ranking_name(self.score, self.block)
-
-    @property
-    def ranking(self) -> str:
-        """The name of the ranking that these options need."""
-        return layout.ranking_name(self.score, self.block)
-
-    def __str__(self) -> str:
-        parts = [
-            f"keep {self.keep}, p={self.p:g} by {self.select}",
-            f"{self.score} score of {self.block}x{self.block} blocks",
-            f"fill {self.fill}",
-        ]
-        if self.order != "attribution":
-            parts.append(f"{self.order} order")
-        if self.order == "random" or self.fill == "noise":
-            parts.append(f"seed {self.seed}")
-        return ", ".join(parts)
-
-
-def warn_of_fractions(*cells: MaskOptions) -> None:
-    """Say what p below 1 means, which is rarely what whoever gave it meant."""
-    few = [f"{p:g}" for p in dict.fromkeys(cell.p for cell in cells) if 0 < p < 1]
-    if few:
-        logger.warning(
-            "p is a percentage, from 0 to 100, so %s is less than one percent; one half is 50", ", ".join(few)
-        )
 
 
 def _names(where: Any) -> list[Any] | None:
@@ -259,14 +177,7 @@ class MaskedImages:
     def masks(self, images: Images, options: MaskOptions) -> Bools:
         """bool (image, y, x), True where visible."""
         rank, share = self.ranks(images, options)
-        blocks = masks.visible_blocks(
-            rank,
-            share,
-            p=options.p,
-            keep=options.keep,
-            select=options.select,
-            random_rank=self.random_ranks(images, options),
-        )
+        blocks = masks.visible_blocks(rank, share, options, self.random_ranks(images, options))
         return expand(blocks, *self.size, options.block)
 
     def fill(self, images: Images, pixels: Pixels, options: MaskOptions) -> Pixels:

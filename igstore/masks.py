@@ -1,10 +1,11 @@
-"""What is visible and what hides the rest: from ranks and shares to masked pixels.
+"""Which blocks are visible, and how the others are filled: from ranks and shares to masked pixels.
 
 A mask is True where visible. The steps, for a batch of images::
 
-    blocks = visible_blocks(rank, share, p=50, keep="bottom")    # (image, block_y, block_x)
+    options = MaskOptions(p=50, keep="bottom")
+    blocks = visible_blocks(rank, share, options)                # (image, block_y, block_x)
     mask = expand(blocks, height, width)                         # (image, y, x), igstore.blocks.expand
-    masked = apply(pixels, mask, FILLS["black"](pixels, context))  # (image, channel, y, x)
+    masked = apply(pixels, mask, FILLS[options.fill](pixels, context))  # (image, channel, y, x)
 
 Every step gives an image the same result whatever else is in the batch, and every result is exact: masks come from
 comparisons, fills from integers. So the same formulas give the same bits in any array library and on any device.
@@ -13,6 +14,7 @@ comparisons, fills from integers. So the same formulas give the same bits in any
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +26,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import rank_dtype
+from igstore.blocks import (
+    DEFAULT_BLOCK,
+    block_ranks,
+    block_shares,
+    block_sums,
+    check_block,
+    rank_dtype,
+    ranking_name,
+)
 from igstore.errors import UserError
-from igstore.schema import Keep, Order, check_choice
+from igstore.schema import Fill, Keep, Order, Score, Select, check_choice, whole_number
 from igstore.wording import option
 
 Bools = NDArray[np.bool_]
@@ -34,28 +44,13 @@ Ranks = NDArray[np.unsignedinteger[Any]]
 Shares = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
+logger = logging.getLogger(__name__)
+
 BLUR_SIGMA = 10.0  # pixels
 BLUR_RADIUS = 40  # pixels: four sigma, where a Gaussian is cut
 
 
 # Which blocks are visible
-
-
-def check_p(p: object) -> float:
-    """`p` as a Python float; raise `UserError` unless it is a real number (not a bool) from 0 to 100."""
-    if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 100:  # type: ignore[operator]
-        raise UserError(
-            f"{option('p')} is {p!r}; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half"
-        )
-    return float(p)
-
-
-def check_options(*, keep: str, select: str, fill: str, order: str) -> None:
-    """Raise `UserError`, naming the choices, unless every option is one that exists."""
-    check_choice("keep", keep, Keep)
-    check_choice("select", select, SELECTIONS)
-    check_choice("fill", fill, FILLS)
-    check_choice("order", order, Order)
 
 
 def mass_threshold(p: float) -> float:
@@ -90,29 +85,24 @@ def count(rank: Ranks, share: Shares, p: float) -> Bools:
 SELECTIONS: dict[str, Callable[[Ranks, Shares, float], Bools]] = {"mass": mass, "count": count}
 
 
-def top_blocks(rank: Ranks, share: Shares, p: float, select: str = "mass") -> Bools:
-    """The top set: the blocks that matter most, as far as `p` and `select` go.
+def mask_overlaps(maps: NDArray[Any], others: NDArray[Any], p: float = 50) -> NDArray[np.float64]:
+    """Intersection over union of the top sets of two maps of each image, by mass: how far the maps make the same masks.
 
     Parameters
     ----------
-    rank, share
-        Of the same images, (image, block_y, block_x).
+    maps, others
+        Floating-point maps of the same images, as `igstore.blocks.block_sums` takes them.
     p
-        0 to 100, a percentage of what `select` measures.
-    select
-        A name in `SELECTIONS`.
+        0 to 100, a percentage of the image's total score.
 
     Returns
     -------
-    bool (image, block_y, block_x).
-
-    Raises
-    ------
-    UserError
-        `p` or `select` is not allowed.
+    float64 (image,), 1 where both sets are empty.
     """
-    check_choice("select", select, SELECTIONS)
-    return SELECTIONS[select](rank, share, check_p(p))
+    scores = [block_sums(each) for each in (maps, others)]
+    top = [mass(ranks := block_ranks(each), block_shares(each, ranks), p) for each in scores]
+    both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
 def random_ranks(image_ids: Sequence[str], grid: tuple[int, int], seed: int = 0) -> Ranks:
@@ -142,45 +132,27 @@ def random_ranks(image_ids: Sequence[str], grid: tuple[int, int], seed: int = 0)
     return ranks.reshape(len(image_ids), *grid)
 
 
-def visible_blocks(
-    rank: Ranks,
-    share: Shares,
-    *,
-    p: float,
-    keep: str = "bottom",
-    select: str = "mass",
-    random_rank: Ranks | None = None,
-) -> Bools:
+def visible_blocks(rank: Ranks, share: Shares, options: MaskOptions, random_rank: Ranks | None = None) -> Bools:
     """The blocks that stay visible: the top set, or all but the top set.
 
     Parameters
     ----------
     rank, share
-        Of the same images, (image, block_y, block_x).
-    p
-        0 to 100: how far the top set goes.
-    keep
-        ``"top"`` shows the top set, ``"bottom"`` shows its complement; so p=0 with ``"bottom"`` shows everything.
-    select
-        A name in `SELECTIONS`: what p is a percentage of.
+        Of the same images, (image, block_y, block_x), in the ranking that the options name.
+    options
+        Their `p`, `keep` and `select` say which blocks.
     random_rank
         For ``order="random"``: what `random_ranks` gives for these images. In each image the top set is replaced by
         as many blocks as it has, the first of this permutation.
 
     Returns
     -------
-    bool (image, block_y, block_x), True where visible.
-
-    Raises
-    ------
-    UserError
-        `p`, `keep` or `select` is not allowed.
+    bool (image, block_y, block_x), True where visible. ``p=0`` with ``keep="bottom"`` shows everything.
     """
-    check_choice("keep", keep, Keep)
-    top = top_blocks(rank, share, p, select)
+    top = SELECTIONS[options.select](rank, share, options.p)
     if random_rank is not None:
         top = random_rank < top.sum(axis=(-2, -1), keepdims=True)
-    return top if keep == "top" else ~top
+    return top if options.keep == "top" else ~top
 
 
 # What a hidden pixel becomes
@@ -301,6 +273,107 @@ def apply(pixels: Pixels, visible: Bools, fill_pixels: Pixels) -> Pixels:
     masked *= visible[:, np.newaxis]
     masked += fill_pixels
     return masked
+
+
+# A mask and its fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """Which blocks a mask shows, and how hidden pixels are filled. Every value is checked once, here.
+
+    Parameters
+    ----------
+    p
+        0 to 100: how far the top set goes.
+    keep
+        ``"top"`` shows the top set, ``"bottom"`` its complement.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking that is used.
+    fill
+        What a hidden pixel becomes: a name in `igstore.masks.FILLS`.
+    order
+        ``"attribution"``, or the control ``"random"``.
+    seed
+        Of the random order and of the noise.
+
+    Raises
+    ------
+    UserError
+        A value is not allowed; the message names those that are.
+
+    >>> MaskOptions(p=30, keep="top").ranking
+    'positive-3'
+    >>> MaskOptions(p=300)
+    Traceback (most recent call last):
+        ...
+    igstore.errors.UserError: p is 300; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half
+    """
+
+    p: float = 50.0
+    keep: Keep = "bottom"
+    select: Select = "mass"
+    score: Score = "positive"
+    block: int = DEFAULT_BLOCK
+    fill: Fill = "black"
+    order: Order = "attribution"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        p: Any = self.p
+        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 100:  # type: ignore[operator]
+            raise UserError(
+                f"{option('p')} is {p!r}; it must be a number from 0 to 100, a percentage: 50, not 0.5, is one half"
+            )
+        choices = {"keep": Keep, "select": SELECTIONS, "score": Score, "fill": FILLS, "order": Order}
+        for field, allowed in choices.items():
+            check_choice(field, getattr(self, field), allowed)
+        object.__setattr__(self, "p", float(p))
+        object.__setattr__(self, "block", check_block(self.block))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, -(2**63), 2**63 - 1))
+
+    @property
+    def ranking(self) -> str:
+        """The name of the ranking that these options need, such as ``positive-3``."""
+        return ranking_name(self.score, self.block)
+
+    def __str__(self) -> str:
+        parts = [
+            f"keep {self.keep}, p={self.p:g} by {self.select}",
+            f"{self.score} score of {self.block}x{self.block} blocks",
+            f"fill {self.fill}",
+        ]
+        if self.order != "attribution":
+            parts.append(f"{self.order} order")
+        if self.order == "random" or self.fill == "noise":
+            parts.append(f"seed {self.seed}")
+        return ", ".join(parts)
+
+
+def options_of_each(p: Any, **options: Any) -> list[MaskOptions]:
+    """The options for each p, which is one number or several; `options` are the other fields of `MaskOptions`.
+
+    Raises
+    ------
+    UserError
+        There is no p, or a value is not allowed.
+    """
+    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(np.asarray(p, dtype=object)).tolist()]
+    if not cells:
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
+    warn_of_fractions(*cells)
+    return cells
+
+
+def warn_of_fractions(*cells: MaskOptions) -> None:
+    """Warn of a p below 1, which is rarely what was meant."""
+    few = [f"{p:g}" for p in dict.fromkeys(cell.p for cell in cells) if 0 < p < 1]
+    if few:
+        logger.warning(
+            "p is a percentage, from 0 to 100, so %s is less than one percent; one half is 50", ", ".join(few)
+        )
 
 
 def _random_bytes(purpose: str, seed: int, image_id: str, n: int) -> NDArray[np.uint8]:

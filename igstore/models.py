@@ -68,6 +68,20 @@ class Classifier:
     weights: str
     weights_sha256: str
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        asked = self.preprocessing
+        height, width = asked.crop
+        sized = f"resize {asked.resize}, crop {height}x{width}, {asked.interpolation}"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (asked.mean, asked.std))
+        lines = [
+            f"Classifier {self.name}",
+            f"network: {type(self.network).__name__}, {count:,} parameters",
+            f"weights: {self.weights} (sha256 {self.weights_sha256[:12]})",
+            f"input: {sized}, mean ({mean}), std ({std})",
+        ]
+        return "\n    ".join(lines)
+
 
 @fresh_torch()
 def load_classifier(
@@ -191,6 +205,14 @@ def fitted(classifier: Classifier, spec: BuildSpec) -> Classifier:
     """A classifier that was loaded by name, with a store's preprocessing where it is the one that made the store."""
     is_own = (classifier.name, classifier.weights_sha256) == (spec.model, spec.weights_sha256)
     return dataclasses.replace(classifier, preprocessing=spec.preprocessing) if is_own else classifier
+
+
+def as_shown(model: Classifier | nn.Module, spec: BuildSpec) -> Classifier:
+    """A classifier as it is, and a network with the preprocessing of the store whose images it is shown."""
+    if isinstance(model, Classifier):
+        return model
+    prepared = dataclasses.replace(spec.preprocessing, resize=None)  # by the store
+    return classifier_from_module(model, preprocessing=prepared)
 
 
 @fresh_torch()

@@ -15,7 +15,7 @@ from igstore.attribution import numerics
 from igstore.batches import MaskedBatch, MaskedBatches
 from igstore.engine.acceleration import accelerate
 from igstore.errors import ModelError, UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.showing import scores_of

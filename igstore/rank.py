@@ -14,10 +14,11 @@ import dask
 from dask.callbacks import Callback
 
 from igstore import __version__, cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES, check_block, rank_blocks
+from igstore.blocks import DEFAULT_BLOCK, check_block, rank_blocks, ranking_name
 from igstore.building.schedulers import connect
 from igstore.errors import DamagedStoreError, UnfinishedShardError, UserError
 from igstore.limits import usable_cores
+from igstore.option_groups import add_options
 from igstore.progress import Progress
 from igstore.schema import BuildSpec, Score
 from igstore.storage import layout, staging
@@ -91,7 +92,7 @@ def rank_store(
     ('absolute-4', 4)
     """
     block = check_block(block)
-    name = layout.ranking_name(score, block)
+    name = ranking_name(score, block)
     reader = StoreReader(store)
     if not reader.records:
         raise UserError(f"no shard of {reader.root} is finished: there is nothing to rank; go on with `igstore build`")
@@ -209,16 +210,13 @@ def parser() -> cli.Parser:
         "rank", "Rank the blocks of every attribution map of a store. The same command again ranks what is new."
     )
     parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
-    parser.add_argument("--block", metavar="PIXELS", type=cli.positive, default=DEFAULT_BLOCK, help="side of a block")
-    parser.add_argument(
-        "--score", choices=list(SCORES), default="positive", help="what counts of a pixel's attribution"
-    )
+    add_options(parser, "block", "score")
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
         help="a dask.distributed scheduler such as tcp://host:8786 to compute on, instead of threads of this machine",
     )
-    return parser
+    return parser.of(rank_store)
 
 
 def main(argv: Sequence[str]) -> int:

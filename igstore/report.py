@@ -12,6 +12,7 @@ from igstore import cli
 from igstore.errors import UserError
 from igstore.evaluate import Evaluation
 from igstore.masking import MaskedImages
+from igstore.option_groups import add_options
 from igstore.reporting import page, sections
 from igstore.reporting.findings import Findings
 from igstore.reporting.results import settings_sha256
@@ -129,12 +130,12 @@ def parser() -> cli.Parser:
     """The options of the command."""
     parser = cli.Parser("report", "Make a page of what igstore evaluate --out wrote, with figures, tables and images.")
     parser.add_argument("results", metavar="RESULTS", help="the folder that igstore evaluate --out wrote")
-    parser.add_argument("--out", metavar="HTML", default="report.html", help="the page to write; figures go beside it")
+    parser.add_argument("--out", metavar="HTML", help="the page to write; figures go beside it")
     parser.add_argument(
-        "--store", dest="stores", nargs="+", default=[], metavar="STORE", help="evaluated stores, to show images from"
+        "--store", dest="stores", nargs="+", metavar="STORE", help="evaluated stores, to show images from"
     )
-    parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
-    return parser
+    add_options(parser, "images")
+    return parser.of(make_report)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from igstore import cli
-from igstore.blocks import DEFAULT_BLOCK, SCORES, block_sums, expand
+from igstore.blocks import block_sums, expand
 from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
-from igstore.masks import FILLS, SELECTIONS
+from igstore.masking import Images, MaskedImages
+from igstore.masks import MaskOptions, options_of_each
 from igstore.names import as_seen
+from igstore.option_groups import add_options
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
@@ -33,7 +34,7 @@ _KEEPS: tuple[Keep, Keep] = ("top", "bottom")  # one row of panels each
 
 # Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
 FOR_TARGET, AGAINST_TARGET = (213, 94, 0), (0, 114, 178)
-_FULL_COLOUR = 0.98  # this quantile of an image's absolute values and all above it get the full colour
+_FULL_COLOUR = 0.99  # the quantile of an image's absolute values from which the colour is full; the viewer has the same
 
 # pixels of the picture
 _PANEL = 200  # panels are at least so wide and high: small images are enlarged by a whole number
@@ -65,12 +66,12 @@ def show_store(
     image: Sequence[str] | None = None,
     p: float | Sequence[float] = (90, 70, 50, 30),
     *,
-    select: Select = "mass",
-    score: Score = "positive",
-    block: int = DEFAULT_BLOCK,
-    fill: Fill = "black",
-    order: Order = "attribution",
-    seed: int = 0,
+    select: Select = MaskOptions.select,
+    score: Score = MaskOptions.score,
+    block: int = MaskOptions.block,
+    fill: Fill = MaskOptions.fill,
+    order: Order = MaskOptions.order,
+    seed: int = MaskOptions.seed,
     images: Any = None,
 ) -> Image.Image:
     """A picture of some images of a store: as they are, their attributions, and for each p what either side shows.
@@ -101,12 +102,7 @@ def show_store(
     >>> picture.mode
     'RGB'
     """
-    options: dict[str, Any] = {"select": select, "score": score, "block": block, "fill": fill, "order": order}
-    every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
-    if not every_p:
-        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
-    cells = [MaskOptions(p=one, seed=seed, **options) for one in every_p]
-    warn_of_fractions(*cells)
+    cells = options_of_each(p, select=select, score=score, block=block, fill=fill, order=order, seed=seed)
     source = MaskedImages(store, images)
     source.check(*cells)
     source.check_pixels()
@@ -165,7 +161,7 @@ def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
 
     Returns
     -------
-    uint8 (y, x, 3): white at 0, and from the 98th percentile of the absolute values the full colour.
+    uint8 (y, x, 3): white at 0, and from the 99th percentile of the absolute values the full colour.
     """
     sums = block_sums(attribution[np.newaxis], block, "signed")[0]  # (block_y, block_x)
     strength = np.abs(sums)
@@ -311,21 +307,10 @@ def parser() -> cli.Parser:
     parser = cli.Parser("show", "Draw what the masks do to some images: what is kept, and what is left, for each p.")
     parser.add_argument("store", metavar="STORE", help="a ranked store")
     parser.add_argument("--image", nargs="+", metavar="ID", help="these images (default: a few, evenly spread)")
-    parser.add_argument("--p", nargs="+", type=float, default=[90, 70, 50, 30], help="percentages, 0 to 100")
-    parser.add_argument("--select", default="mass", choices=list(SELECTIONS), help="what p is a percentage of")
-    parser.add_argument("--score", default="positive", choices=list(SCORES), help="the ranking to use")
-    parser.add_argument("--block", type=cli.positive, default=DEFAULT_BLOCK, help="side in pixels")
-    parser.add_argument("--fill", default="black", choices=list(FILLS), help="what a hidden pixel becomes")
-    parser.add_argument(
-        "--order",
-        default="attribution",
-        choices=cli.choices_of(Order),
-        help="random is the control: as many blocks, in a random order",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random order and of the noise")
-    parser.add_argument("--images", metavar="PATH", help="where the pixels are, for stores without")
+    add_options(parser, "p", nargs="+")
+    add_options(parser, "select", "score", "block", "fill", "order", "seed", "images")
     parser.add_argument("--out", metavar="PNG", default="show.png", help="the picture to write")
-    return parser
+    return parser.of(show_store)
 
 
 def main(argv: Sequence[str]) -> int:

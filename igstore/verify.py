@@ -18,6 +18,7 @@ from igstore import cli
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
 from igstore.limits import usable_cores
 from igstore.names import is_foreign
+from igstore.option_groups import add_options
 from igstore.progress import Progress
 from igstore.rank import ranking_attributes
 from igstore.schema import whole_number
@@ -340,9 +341,7 @@ def parser() -> cli.Parser:
     """The options of the command."""
     parser = cli.Parser("verify", "Check every byte of a store against its records, and what the values mean.")
     parser.add_argument("store", metavar="STORE", help="folder of the store")
-    parser.add_argument(
-        "--recompute", type=cli.positive, default=0, metavar="K", help="attribute K images again, and compare"
-    )
+    parser.add_argument("--recompute", type=cli.positive, metavar="K", help="attribute K images again, and compare")
     parser.add_argument(
         "--data",
         dest="images",
@@ -354,12 +353,10 @@ def parser() -> cli.Parser:
         metavar="NAME",
         help="for --recompute: the store's model, where that is package.module:function, which a store cannot choose",
     )
-    parser.add_argument(
-        "--weights", metavar="W", help="for --recompute: the file of weights, where it does not come with the model"
-    )
-    parser.add_argument("--device", default="auto", help="for --recompute: auto, cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=int, default=0, help="for --recompute: of the choice of images")
-    return parser
+    add_options(parser, "weights", help="for --recompute: the file of weights, where it does not come with the model")
+    add_options(parser, "device", help="for --recompute: auto, cpu, cuda or cuda:N")
+    add_options(parser, "seed", help="for --recompute: of the choice of images")
+    return parser.of(verify_store)
 
 
 def main(argv: Sequence[str]) -> int:

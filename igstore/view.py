@@ -333,13 +333,13 @@ def parser() -> cli.Parser:
         "view", "Look at any image of a store and at what any mask leaves of it, in a browser on this machine."
     )
     parser.add_argument("store", metavar="STORE", help="folder of a ranked store")
-    parser.add_argument("--port", type=int, default=0, help="of the page's address; 0 is any that is free")
+    parser.add_argument("--port", type=int, help="of the page's address; 0 is any that is free")
     parser.add_argument(
         "--save",
         metavar="FOLDER",
         help="write the page as files instead, for a web server with range support that also serves the store",
     )
-    return parser
+    return parser.of(serve)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,14 +20,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from igstore.blocks import DEFAULT_BLOCK
-from igstore.errors import UserError
-from igstore.masking import Images, MaskedImages, MaskOptions, warn_of_fractions
+from igstore.masking import Images, MaskedImages
+from igstore.masks import MaskOptions, options_of_each
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
 from igstore.storage.reader import StoreReader
-from igstore.wording import option
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -94,15 +92,15 @@ def open_store(store: Store) -> xr.Dataset:
 
 def masked_view(
     store: Store,
-    p: P = 50,
-    keep: Keep = "bottom",
+    p: P = MaskOptions.p,
+    keep: Keep = MaskOptions.keep,
     *,
-    select: Select = "mass",
-    score: Score = "positive",
-    block: int = DEFAULT_BLOCK,
-    fill: Fill = "black",
-    order: Order = "attribution",
-    seed: int = 0,
+    select: Select = MaskOptions.select,
+    score: Score = MaskOptions.score,
+    block: int = MaskOptions.block,
+    fill: Fill = MaskOptions.fill,
+    order: Order = MaskOptions.order,
+    seed: int = MaskOptions.seed,
     images: Any = None,
 ) -> xr.DataArray:
     """Masked pixels of all built images, made when they are looked at.
@@ -145,14 +143,14 @@ def masked_view(
 
 def keep_mask(
     store: Store,
-    p: P = 50,
-    keep: Keep = "bottom",
+    p: P = MaskOptions.p,
+    keep: Keep = MaskOptions.keep,
     *,
-    select: Select = "mass",
-    score: Score = "positive",
-    block: int = DEFAULT_BLOCK,
-    order: Order = "attribution",
-    seed: int = 0,
+    select: Select = MaskOptions.select,
+    score: Score = MaskOptions.score,
+    block: int = MaskOptions.block,
+    order: Order = MaskOptions.order,
+    seed: int = MaskOptions.seed,
 ) -> xr.DataArray:
     """The masks alone, True where visible, for pixels and augmentations of one's own; needs no pixels in the store.
 
@@ -189,10 +187,7 @@ def _view(
     inner: Mapping[str, int],
     dtype: type[np.generic],
 ) -> xr.DataArray:
-    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
-    if not cells:
-        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
-    warn_of_fractions(*cells)
+    cells = options_of_each(p, **options)
     source.check(*cells)
     images, shape = source.built, tuple(inner.values())
     layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]

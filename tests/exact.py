@@ -41,10 +41,14 @@ def integrated(
     targets: Tensor,
     n_steps: int,
     dtype: torch.dtype,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> np.ndarray:
     """The article's rule from black, the sum over channels, one step at a time, by plain torch: (image, y, x)."""
     network = copy.deepcopy(network).to(dtype).requires_grad_(False)
-    x, black = (normalise(torch.from_numpy(one), preprocessing).to(dtype) for one in (pixels, np.zeros_like(pixels)))
+    x, black = (
+        normalise(torch.from_numpy(one), preprocessing).to(dtype, memory_format=layout)
+        for one in (pixels, np.zeros_like(pixels))
+    )
     total = torch.zeros_like(x)
     for step in range(1, n_steps + 1):
         points = (black + step / n_steps * (x - black)).requires_grad_()

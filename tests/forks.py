@@ -139,6 +139,7 @@ def _run(request: dict[str, Any]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ["IGSTORE_TEST_SLOW"] = str(request["slow"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let their background jobs ignore it
     status = 1
     try:
         if request["fault"]:

@@ -109,11 +109,11 @@ def test_maps_are_those_of_captum(output, target, tmp_path):
 def test_everything_else_knows_both_classes(tmp_path, monkeypatch):
     store = tmp_path / "binary.zarr"
     build_store("test_adapters:head", pictures(), store, n_steps=STEPS, output="probability", device="cpu")
-    assert verify_store(store, recompute=8, device="cpu") == []
-    found = evaluate(store, p=0, keep="bottom", order="attribution", device="cpu")
+    assert verify_store(store, recompute=8, model="test_adapters:head", device="cpu") == []
+    found = evaluate(store, models="test_adapters:head", p=0, keep="bottom", order="attribution", device="cpu")
     assert found.predictions.prediction.values.ravel().tolist() == RIGHT
     assert found.rows[0].correct == sum(one == index % 2 for index, one in enumerate(RIGHT))
-    curves = insertion_deletion(store, steps=2, device="cpu")
+    curves = insertion_deletion(store, "test_adapters:head", steps=2, device="cpu")
     unmasked = curves.probability.sel(curve="deletion", order="attribution").values[:, 0]
     np.testing.assert_allclose(unmasked, 1 / (1 + np.exp(-np.abs(Z))), rtol=1e-5)
     ours = integrated_gradients(
@@ -321,6 +321,8 @@ class FourChannels(nn.Module):
 
 
 def test_other_channels_are_one_line(tmp_path):
-    with pytest.raises(ModelError, match=r"the network fails on an image of 3 x 9 x 9: .*4 channels") as caught:
+    with pytest.raises(
+        ModelError, match=r"the network fails on an image of 3 x 9 x 9 \(RuntimeError: .*4 channels"
+    ) as caught:
         build_store(FourChannels(), pictures(), tmp_path / "four.zarr", preprocessing=PREPROCESSING, device="cpu")
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from igstore.attribution import integrated_gradients, numerics
 from igstore.batches import MaskedBatches
 from igstore.curves import insertion_deletion
 from igstore.engine.ambient import fresh_torch
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.schema import Preprocessing
 from igstore.storage.reader import StoreReader

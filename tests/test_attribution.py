@@ -146,44 +146,6 @@ def test_a_network_that_writes_to_its_input_is_attributed_right():
     assert torch.equal(x, kept)
 
 
-class TestMaxError:
-    def test_each_image_gets_the_result_of_the_rule_at_its_own_number_of_steps(self):
-        network = frozen(Smooth())
-        x, b = images(n=6)
-        x[0] = b[0] + 1e-4 * (x[0] - b[0])  # nearly straight: few steps suffice
-        targets = torch.tensor([1, 0, 6, 2, 3, 4])
-        ours = integrated_gradients(network, x, b, targets, n_steps=2, max_error=0.02, max_steps=64, batch_size=7)
-        assert ours.n_steps[0] == 2
-        assert len(set(ours.n_steps.tolist())) > 1
-        assert set(ours.n_steps.tolist()) <= {2, 4, 8, 16, 32, 64}
-        for i, m in enumerate(ours.n_steps.tolist()):
-            captum = IntegratedGradients(network).attribute(
-                x[[i]], b[[i]], target=targets[[i]], n_steps=m, method="riemann_right"
-            )
-            torch.testing.assert_close(ours.maps[[i]], captum.sum(1), rtol=0, atol=1e-10)
-            assert ours.completeness_error[i] <= 0.02 or m == 64
-            if m > 2:  # it had to double
-                before = integrated_gradients(network, x[[i]], b[[i]], targets[[i]], n_steps=m // 2)
-                assert before.completeness_error > 0.02
-
-    def test_only_the_new_points_are_paid_for(self):
-        network = frozen(Smooth())
-        seen = []
-        network.register_forward_hook(
-            lambda _, inputs, __: seen.append(len(inputs[0])) if torch.is_grad_enabled() else None
-        )
-        x, b = images()
-        ours = integrated_gradients(network, x, b, TARGETS, n_steps=3, max_error=1e-12, max_steps=25)
-        assert ours.n_steps.tolist() == [24, 24, 24]
-        assert sum(seen) == 3 * 24
-
-    def test_it_needs_the_nested_rule_and_both_limits(self):
-        x, b = images()
-        for wrong in ({"max_error": 0.1}, {"max_error": 0.1, "max_steps": 9, "method": "gausslegendre"}):
-            with pytest.raises(UserError, match="max_steps"):
-                integrated_gradients(frozen(Smooth()), x, b, TARGETS, **wrong)
-
-
 @pytest.mark.parametrize(
     ("total", "difference", "expected"), [(1.5, 1.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, np.inf), (-1.0, -2.0, 0.5)]
 )

@@ -17,8 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from igstore.batches import MaskedBatches, nearest
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
-from igstore.masking import MaskOptions
-from igstore.masks import FILLS, SELECTIONS, FillContext
+from igstore.masks import FILLS, SELECTIONS, FillContext, MaskOptions
 from igstore.normalisation import normalise
 from igstore.schema import Preprocessing
 from igstore.storage.arrays import ImageArray

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,19 +145,6 @@ def test_reductions(tmp_path, network, reduce):
     assert float((abs(ours - expected) / largest).max()) < 4 * 2.0**-11
 
 
-def test_steps_are_doubled_where_the_error_asks_for_it(path, network):
-    settings = SETTINGS | {"n_steps": 4}
-    # the darker an image, the straighter its path from black
-    images = [(name, pixels // (1 + 4 * i), label) for i, (name, pixels, label) in enumerate(random_images(9))]
-    info = build_store(network, images, path, **settings, max_error=3e-4, max_steps=64)
-    store = xr.open_zarr(path)
-    steps, error = store["n_steps"].values, store["completeness_error"].values
-    assert set(steps) <= {4, 8, 16, 32, 64}
-    assert len(set(steps)) > 1
-    assert ((error <= 3e-4) | (steps == 64)).all()
-    assert info.evaluations == steps.sum()
-
-
 def test_without_pixels_the_store_has_none(path, network):
     build_store(network, random_images(3), path, **SETTINGS, pixels=False)
     assert "pixels" not in xr.open_zarr(path)
@@ -212,7 +200,6 @@ class TestGoingOn:
             ({"target": "label"}, "target"),
             ({"output": "probability"}, "output"),
             ({"method": "gausslegendre"}, "method"),
-            ({"max_error": 0.1, "max_steps": 80}, "max_error"),
             ({"precision": "float16"}, "precision"),
             ({"precision": "mixed"}, "precision"),
             ({"reduce": "absolute"}, "reduce"),
@@ -317,7 +304,6 @@ class TestCommand:
             (["--model", "resnet50", "--weights", "nowhere.pth"], "nowhere.pth"),
             (["--model", "networks:demo_network", "--n-steps", "0"], "at least 1"),
             (["--model", "networks:demo_network", "--method", "simpson"], "riemann_right"),
-            (["--model", "networks:demo_network", "--crop", "16", "--max-error", "0.1"], "--max-steps"),
             (["--model", "networks:demo_network", "--crop", "16", "--device", "tpu"], "cuda:N"),
             (["--model", "networks:demo_network", "--crop", "16", "--precision", "tf32"], "float32"),
             (["--model", "networks:demo_network", "--crop", "16", "--data", "/nowhere"], "/nowhere"),
@@ -467,6 +453,20 @@ def test_a_build_that_was_killed_goes_on_to_the_same_store(folder, tmp_path):
     assert not (killed / "staging").exists()
     assert not list(killed.rglob("*.partial*"))
     assert json.loads((killed / "zarr.json").read_text())["attributes"]["complete"]
+
+
+def test_single_fields_of_a_named_models_preprocessing(path, network, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    whole = load_classifier("networks:demo_network").preprocessing
+    fields = {"resize": 18, "crop": (16, 14)}
+    info = build_store("networks:demo_network", random_images(2), path, preprocessing=fields, n_steps=2, rank=False)
+    assert info.n_built == 2
+    assert StoreReader(path).spec.preprocessing == replace(whole, **fields)
+    for model, more in ((network, {}), (classifier_from_module(network, preprocessing=PREPROCESSING), {"limit": 1})):
+        with pytest.raises(UserError, match=r"preprocessing is a dict.*give igstore.Preprocessing"):
+            build_store(model, random_images(2), path, preprocessing=fields, **more)
+    with pytest.raises(UserError, match="resize is 10 and crop 16x16"):
+        build_store("networks:demo_network", random_images(2), path, preprocessing={"resize": 10, "crop": 16})
 
 
 def test_named_models_bring_their_preprocessing(network):

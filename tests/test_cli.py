@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import logging
@@ -35,6 +36,9 @@ def place(tmp_path_factory) -> Path:
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "photographs" / f"{index}.png")
+    (folder / "many").mkdir()
+    for index in range(8):
+        shutil.copy(folder / "photographs" / f"{index % 2}.png", folder / "many" / f"{index}.png")
     (folder / "labels.csv").write_text("file,class_index\n0.png,1\n1.png,2\n")
     np.save(folder / "maps.npy", np.random.default_rng(2).normal(size=(2, 24, 24)).astype(np.float32))
     make_store(folder / "toy.zarr", 6, size=(24, 24))
@@ -60,6 +64,10 @@ def place(tmp_path_factory) -> Path:
 # For every command: arguments that make it finish in `place`, and a key of the JSON that it then prints.
 ARGUMENTS = {
     "build": (["--model", NETWORK, "--data", "photographs", "--crop", "24", "--n-steps", "2"], "n_built"),
+    "calibrate": (
+        ["--model", NETWORK, "--data", "many", "--crop", "24", "--n-steps", "2", "--images", "8"],
+        "rules",
+    ),
     "rank": (["toy.zarr", "--score", "absolute"], "ranked"),
     "evaluate": (["toy.zarr", "--models", NETWORK, "--p", "50"], "rows"),
     "report": (["found", "--out", "page.html"], "page"),
@@ -136,6 +144,58 @@ def test_help(command):
     assert all(action.help for action in parser._actions)
 
 
+FUNCTIONS = {
+    "build": igstore.build_store,
+    "import": igstore.import_maps,
+    "rank": igstore.rank_store,
+    "evaluate": igstore.evaluate,
+    "report": igstore.make_report,
+    "curves": igstore.insertion_deletion,
+    "show": igstore.show_store,
+    "verify": igstore.verify_store,
+    "export": igstore.export_store,
+}
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_an_option_that_is_left_out_is_as_in_python(command):
+    parameters = inspect.signature(FUNCTIONS[command]).parameters
+    parser = module_of(command).parser()
+    shared = [action for action in parser._actions if action.dest in parameters]
+    for action in shared:
+        default = parameters[action.dest].default
+        if default is not inspect.Parameter.empty and not action.required:
+            given = None if action.default == "auto" and action.dest == "batch_size" else action.default
+            assert given == default, action.dest
+            if isinstance(default, str | float | tuple) and default and not isinstance(default, bool):
+                said = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+                assert f"(default: {said})" in " ".join(parser.format_help().split())
+    assert shared
+
+
+def test_a_parser_takes_the_defaults_of_a_function():
+    def function(one, *, two=2, three=None, four=(4, 5), five=True, six=False, seven=7):
+        """What the command calls."""
+
+    parser = cli.Parser("some", "Some command.")
+    for name in ("one", "two", "three", "four", "eight"):
+        parser.add_argument(f"--{name}", help=name)
+    parser.add_argument("--no-five", dest="five", action="store_false", help="five")
+    parser.add_argument("--six", action="store_true", help="six")
+    parser.add_argument_group("more").add_argument("--seven", default=8, help="its own")
+    options, _ = parser.of(function).parse([])
+    assert vars(options) == {
+        "one": None,
+        "two": 2,
+        "three": None,
+        "four": (4, 5),
+        "eight": None,
+        "five": True,
+        "six": False,
+        "seven": 8,
+    }
+
+
 def test_an_option_is_the_same_in_all_commands():
     found: dict[str, dict[str, tuple]] = {}
     for command in COMMANDS:
@@ -148,7 +208,6 @@ def test_an_option_is_the_same_in_all_commands():
         "--keep",
         "--data",
         "--batch-size",
-        "--block",
     }  # of a command's own kind: a picture, a page, a folder
     different = {
         option: forms for option, forms in found.items() if option not in free and len(set(forms.values())) > 1

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from igstore import freed_memory, masks
 from igstore.batches import MaskedBatches
 from igstore.dataset import MaskedImageNet
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.images import as_image_list
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.normalisation import look_up, normalisation_table, normalise
 from igstore.schema import Preprocessing
 from igstore.storage.reader import StoreReader
@@ -108,13 +109,13 @@ def test_persistent_workers_and_two_loaders_at_once(store: Path) -> None:
 
 def test_reading_many_is_reading_each(store: Path) -> None:
     data = MaskedImageNet(store, 50)
+    inputs, labels, _ = expected_items(store, 50)
     order = [7, 0, 0, -1, np.int64(4), 2]
     many = data.__getitems__(order)
     assert isinstance(many, list)
     for (item, label), position in zip(many, order, strict=True):
-        expected_item, expected_label = data[position]
-        assert_same([item], [expected_item])
-        assert label == expected_label
+        assert_same([item], [inputs[position]])
+        assert label == labels[position]
     assert data.__getitems__([]) == []
     assert_same(data[-1][:1], data[N - 1][:1])
 
@@ -371,3 +372,31 @@ def test_pixels_from_elsewhere(store: Path, tmp_path: Path) -> None:
         loader = DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context="fork")
         assert_same(collect(loader)[0], expected)
         assert len(pickle.dumps(data)) < 2000
+
+
+# what is done once
+
+
+def test_options_are_checked_once(store, monkeypatch):
+    dataset = MaskedImageNet(store, 30, "top")
+    expected = dataset[3][0]
+    for check in ("check_choice", "check_block", "whole_number"):
+        monkeypatch.delattr(masks, check)
+    assert torch.equal(dataset[3][0], expected)
+    with pytest.raises(NameError):
+        dataset.with_mask(p=50)
+
+
+def test_a_process_is_told_once_to_keep_freed_memory(store, monkeypatch):
+    monkeypatch.setattr(freed_memory, "_thresholds", (32 << 20, 64 << 20))
+    calls = []
+    set_thresholds = freed_memory._set_thresholds
+    monkeypatch.setattr(freed_memory, "_set_thresholds", lambda **kept: calls.append(kept) or set_thresholds(**kept))
+    dataset = MaskedImageNet(store)
+    for _ in range(3):
+        dataset.__getitems__([0, 1])
+    assert calls == [{"mmap": 2**29, "trim": 2**29}]
+    with freed_memory.freed_memory_kept():  # which restores what was kept before
+        pass
+    dataset.__getitems__([2])
+    assert len(calls) == 3

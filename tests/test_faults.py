@@ -508,13 +508,13 @@ def test_builders_of_which_some_are_killed(run, store, folder, whole):
 def attributed(monkeypatch) -> list[str]:
     """The ids of the images that are attributed from now on."""
     ids = []
-    attribute = Attributor.__call__
+    submit = Attributor.submit
 
     def spy(self, pixels, labels, image_ids, reasons):
         ids.extend(image_ids)
-        return attribute(self, pixels, labels, image_ids, reasons)
+        return submit(self, pixels, labels, image_ids, reasons)
 
-    monkeypatch.setattr(Attributor, "__call__", spy)
+    monkeypatch.setattr(Attributor, "submit", spy)
     return ids
 
 
@@ -550,21 +550,26 @@ def test_a_smaller_limit_goes_on_with_what_the_store_lists(run, store, folder, w
 # networks that are no classifiers
 
 
+FLAT = (
+    r"the network returned \((\d),\) for a batch of \1 images; a classifier returns a tensor \(\1, number of classes\)"
+)
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("Flat", "returned (1,) for a batch of 1 images; a classifier returns a tensor (1, number of classes)"),
-        ("Named", "returns dict; a classifier returns a tensor"),
+        ("Flat", FLAT),
+        ("Named", r"the network returned dict for a batch of \d images; a classifier returns a tensor"),
         ("Noisy", r"for image image_00\d: something in its forward pass is random"),
-        ("Broken", "the network failed (RuntimeError: "),
-        ("Leaving", "the network failed (SystemExit: 0)"),
+        ("Broken", "the network's outputs have no gradient with respect to its input: its forward pass switches"),
+        ("Leaving", r"the network failed \(SystemExit: 0\)"),
     ],
 )
 def test_a_network_that_is_no_classifier(run, store, folder, model, says):
     process = run(*build(folder, store, model=model))
     assert process.wait() == cli.FAILED
     *_, last = process.said.splitlines()
-    assert says in last or re.search(says, last)
+    assert re.search(says, last)
     assert "Traceback" not in process.said
     assert not store.exists() or not StoreReader(store).records
 
@@ -641,9 +646,6 @@ MISTAKES = [
     "build --model networks:demo_network --data {folder} --mean 0 0",
     "build --model networks:demo_network --data {folder} --std 0 0 0",
     "build --model networks:demo_network --data {folder} --std nan 1 1",
-    "build --model networks:demo_network --data {folder} --max-error -1 --max-steps 100",
-    "build --model networks:demo_network --data {folder} --max-error nan --max-steps 100",
-    "build --model networks:demo_network --data {folder} --max-error 0.1 --max-steps 100 --method gausslegendre",
     "build --model networks:demo_network --data {folder} --method riemann_trapezoid --n-steps 1",
     "build --model networks:demo_network --data {folder} --precision tf32 --device cpu",
     "build --model networks:demo_network --data {folder} --device gpu",

@@ -449,7 +449,7 @@ def test_other_maps_are_another_store_s(tmp_path):
         (np.zeros((N, *SIZE), np.float32), {"ids": IDS[:-1]}, "7 maps for 6 images"),
         (np.zeros((N, *SIZE), np.float32), {"ids": [*IDS[:-1], "strange"]}, "'strange' is only in one"),
         (np.zeros((N, *SIZE), np.float32), {"ids": [*IDS[:-1], IDS[0]]}, "'picture_6' is only in one"),
-        (np.zeros((N, *SIZE), np.float32), {"made_by": " "}, "made_by is empty"),
+        (np.zeros((N, *SIZE), np.float32), {"made_by": " "}, "made_by is ' '; say what made the maps"),
         (np.zeros((N, *SIZE), np.float32), {"target": "other"}, "target is 'other'"),
         ("nothing.npy", {}, "cannot be read from nothing.npy"),
     ],

@@ -22,14 +22,12 @@ from igstore.masks import (
     FILLS,
     SELECTIONS,
     FillContext,
+    MaskOptions,
     apply,
-    check_options,
-    check_p,
     count_threshold,
     gaussian_blur,
     mass_threshold,
     random_ranks,
-    top_blocks,
     visible_blocks,
 )
 from igstore.schema import Fill, Keep, Select
@@ -50,6 +48,14 @@ def ranked(scores) -> tuple[np.ndarray, np.ndarray]:
     return rank, block_shares(scores, rank)
 
 
+def visible(rank, share, random_rank=None, **options) -> np.ndarray:
+    return visible_blocks(rank, share, MaskOptions(**options), random_rank)
+
+
+def top_blocks(rank, share, p, select="mass") -> np.ndarray:
+    return visible(rank, share, p=p, keep="top", select=select)
+
+
 def random_scores(n: int = 3, n_y: int = 9, n_x: int = 11, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_t(2, (n, n_y, n_x)).astype(np.float16).astype(np.float64)
 
@@ -65,8 +71,9 @@ def in_rank_order(rank: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("p", [0, 100, 50, 12.5, -0.0, np.float32(50), np.int64(7), np.uint8(100), Fraction(1, 3)])
 def test_p_is_a_percentage(p):
-    assert type(check_p(p)) is float
-    assert check_p(p) == float(p)
+    checked = MaskOptions(p=p).p
+    assert type(checked) is float
+    assert checked == float(p)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_p_is_a_percentage(p):
 )
 def test_p_that_is_none_is_refused(p):
     with pytest.raises(UserError, match=r"p is .*; it must be a number from 0 to 100"):
-        check_p(p)
+        MaskOptions(p=p)
 
 
 # the top set
@@ -193,41 +200,28 @@ def test_count_neither_overflows_nor_rounds(p, n_blocks, n_top):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"p": 120}, "p is 120; .* from 0 to 100"),
-        ({"keep": "best"}, "keep is 'best'; .* top, bottom"),
-        ({"select": "area"}, "select is 'area'; .* mass, count"),
-    ],
-    ids=["p", "keep", "select"],
-)
-def test_visible_blocks_names_what_is_wrong(wrong, message):
-    with pytest.raises(UserError, match=message):
-        visible_blocks(*ranked(random_scores()), **{"p": 50, "keep": "top", "select": "mass", **wrong})
-
-
-@pytest.mark.parametrize(
     ("wrong", "choices"),
     [
         ({"keep": "best"}, ", ".join(KEEPS)),
         ({"select": "area"}, ", ".join(SELECTIONS)),
         ({"fill": "grey"}, ", ".join(FILLS)),
+        ({"score": "squared"}, "positive, absolute, signed"),
         ({"order": "reverse"}, "attribution, random"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_options_are_checked_against_the_registries(wrong, choices):
-    right = {"keep": "top", "select": "mass", "fill": "black", "order": "random"}
-    check_options(**right)
+    right = {"keep": "top", "select": "mass", "score": "signed", "fill": "black", "order": "random"}
+    assert MaskOptions(**right)
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is .*one of {choices}$"):
-        check_options(**{**right, **wrong})
+        MaskOptions(**{**right, **wrong})
 
 
 def test_a_selection_and_a_fill_are_one_function(monkeypatch):
     monkeypatch.setitem(SELECTIONS, "best", lambda rank, share, p: rank == 0)
     monkeypatch.setitem(FILLS, "white", lambda pixels, context: np.full((1, 3, 1, 1), 255, np.uint8))
-    check_options(keep="top", select="best", fill="white", order="attribution")
-    assert visible_blocks(*ranked(random_scores(5)), p=50, keep="top", select="best").sum() == 5
+    assert MaskOptions(fill="white").fill == "white"
+    assert visible(*ranked(random_scores(5)), p=50, keep="top", select="best").sum() == 5
 
 
 # either side
@@ -240,31 +234,31 @@ def test_a_selection_and_a_fill_are_one_function(monkeypatch):
 def test_bottom_is_the_complement_of_top(select, shuffled, scores, p):
     rank, share = ranked(scores)
     other = random_ranks([f"image {i}" for i in range(len(rank))], rank.shape[1:]) if shuffled else None
-    top, bottom = (visible_blocks(rank, share, p=p, keep=keep, select=select, random_rank=other) for keep in KEEPS)
+    top, bottom = (visible(rank, share, p=p, keep=keep, select=select, random_rank=other) for keep in KEEPS)
     np.testing.assert_array_equal(top, ~bottom)
     if not shuffled:
-        np.testing.assert_array_equal(top, top_blocks(rank, share, p, select))
+        np.testing.assert_array_equal(top, SELECTIONS[select](rank, share, p))
 
 
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_p_0_bottom_is_the_untouched_image(select):
-    assert visible_blocks(*ranked(random_scores()), p=0, keep="bottom", select=select).all()
+    assert visible(*ranked(random_scores()), p=0, keep="bottom", select=select).all()
 
 
 def test_p_100():
     scores = random_scores()
     rank, share = ranked(scores)
-    np.testing.assert_array_equal(visible_blocks(rank, share, p=100, keep="top"), scores > 0)
-    np.testing.assert_array_equal(visible_blocks(rank, share, p=100), scores <= 0)
-    assert visible_blocks(rank, share, p=100, keep="top", select="count").all()
+    np.testing.assert_array_equal(visible(rank, share, p=100, keep="top"), scores > 0)
+    np.testing.assert_array_equal(visible(rank, share, p=100), scores <= 0)
+    assert visible(rank, share, p=100, keep="top", select="count").all()
 
 
 def test_an_image_without_positive_scores_has_no_top():
     rank, share = ranked(np.array([[[-1.0, -0.0], [0.0, -2.0]]]))
     for p in (0, 30, 100):
-        assert not visible_blocks(rank, share, p=p, keep="top").any()
-        assert visible_blocks(rank, share, p=p, keep="bottom").all()
-    assert visible_blocks(rank, share, p=50, keep="top", select="count").tolist() == [[[False, True], [True, False]]]
+        assert not visible(rank, share, p=p, keep="top").any()
+        assert visible(rank, share, p=p, keep="bottom").all()
+    assert visible(rank, share, p=50, keep="top", select="count").tolist() == [[[False, True], [True, False]]]
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -274,8 +268,8 @@ def test_an_image_without_positive_scores_has_no_top():
 def test_the_same_function_takes_torch_tensors(p, shuffled, select, keep):
     rank, share = ranked(random_scores(4, 75, 75))
     other = random_ranks("abcd", (75, 75)) if shuffled else None
-    expected = visible_blocks(rank, share, p=p, keep=keep, select=select, random_rank=other)
-    visible = visible_blocks(
+    expected = visible(rank, share, p=p, keep=keep, select=select, random_rank=other)
+    of_tensors = visible(
         torch.tensor(rank.astype(np.int32)),
         torch.tensor(share),
         p=p,
@@ -283,8 +277,8 @@ def test_the_same_function_takes_torch_tensors(p, shuffled, select, keep):
         select=select,
         random_rank=None if other is None else torch.tensor(other.astype(np.int32)),
     )
-    assert visible.dtype == torch.bool
-    np.testing.assert_array_equal(visible.numpy(), expected)
+    assert of_tensors.dtype == torch.bool
+    np.testing.assert_array_equal(of_tensors.numpy(), expected)
 
 
 # the random order
@@ -347,7 +341,7 @@ def test_random_order_shows_as_many_blocks_as_the_attribution_does(select):
     other = random_ranks(["a", "b", "c"], rank.shape[1:])
     before = np.zeros(rank.shape, bool)
     for p in (0, 10, 30, 50, 70, 90, 100):
-        top = visible_blocks(rank, share, p=p, keep="top", select=select, random_rank=other)
+        top = visible(rank, share, p=p, keep="top", select=select, random_rank=other)
         sizes = top_blocks(rank, share, p, select).sum(axis=(1, 2))
         assert top.sum(axis=(1, 2)).tolist() == sizes.tolist()
         for image_top, image_other, size in zip(top, other, sizes, strict=True):
@@ -524,8 +518,8 @@ def test_from_maps_to_masked_pixels(side, p, keep):
     maps = (np.random.default_rng(side).standard_t(2, (1, side, side)) / 50).clip(-1.9, 1.9).astype(np.float16)
     pixels = photographs(1, side, side)
     rank, share = ranked(block_sums(maps))
-    visible = expand(visible_blocks(rank, share, p=p, keep=keep), side, side)
-    masked = apply(pixels, visible, FILLS["black"](pixels, context_for(pixels)))
+    mask = expand(visible(rank, share, p=p, keep=keep), side, side)
+    masked = apply(pixels, mask, FILLS["black"](pixels, context_for(pixels)))
 
     n = math.ceil(side / 3)
     padded = np.pad(np.maximum(maps[0].astype(np.float64), 0), (0, 3 * n - side))

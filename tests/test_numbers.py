@@ -27,7 +27,7 @@ from igstore import (
     verify_store,
 )
 from igstore.errors import UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.storage.reader import StoreReader
 
 MODEL = favourite(1, 2, count=5)
@@ -135,23 +135,19 @@ def test_whole_numbers_of_any_type_and_nothing_else(number, store):
 
 
 def test_what_is_built_with_numpy_s_numbers_is_a_store(tmp_path):
-    numbers = {"n_steps": np.int64(2), "shard_size": np.uint16(2), "seed": np.int8(3), "max_steps": np.int32(8)}
-    build_store(
-        Favourite(5, 1, 2), pictures(1, 2, 3), tmp_path / "one.zarr", max_error=np.float64(0.5), **settings() | numbers
-    )
-    plain = {"n_steps": 2, "shard_size": 2, "seed": 3, "max_steps": 8}
-    build_store(Favourite(5, 1, 2), pictures(1, 2, 3), tmp_path / "one.zarr", max_error=0.5, **settings() | plain)
+    numbers = {"n_steps": np.int64(2), "shard_size": np.uint16(2), "seed": np.int8(3)}
+    build_store(Favourite(5, 1, 2), pictures(1, 2, 3), tmp_path / "one.zarr", **settings() | numbers)
+    plain = {"n_steps": 2, "shard_size": 2, "seed": 3}
+    build_store(Favourite(5, 1, 2), pictures(1, 2, 3), tmp_path / "one.zarr", **settings() | plain)
     assert verify_store(tmp_path / "one.zarr") == []
-    assert StoreReader(tmp_path / "one.zarr").spec.max_steps == 8
+    assert StoreReader(tmp_path / "one.zarr").spec.n_steps == 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_error": "0.05", "max_steps": 8}, "max_error is '0.05'"),
-        ({"max_error": float("nan"), "max_steps": 8}, "max_error is nan"),
-        ({"max_error": 0.05, "max_steps": 1.5}, "max_steps is 1.5"),
-        ({"max_error": 0.05, "max_steps": 2**15}, "max_steps is 32768"),
+        ({"n_steps": 1.5}, "n_steps is 1.5"),
+        ({"n_steps": 2**15}, "n_steps is 32768"),
         ({"pixels": 1}, "pixels is 1; it must be True or False"),
         ({"pixels": "no"}, "pixels is 'no'"),
         ({"baseline": ["black"]}, r"baseline is \['black'\]"),

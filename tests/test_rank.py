@@ -26,6 +26,7 @@ from igstore.schema import BUILT, FAILED, FORMAT_VERSION, BuildSpec, Preprocessi
 from igstore.storage import layout
 from igstore.storage.files import Folder
 from igstore.storage.reader import StoreReader
+from igstore.storage.sources import LocalFiles
 from igstore.storage.store import create_store, extend_store, write_rank_shard, write_shard
 
 N, SHARD_SIZE = 23, 10  # three shards, the last of three images
@@ -268,6 +269,20 @@ def test_a_shard_that_is_being_built_again(path):
     (path / layout.record_file(0)).unlink()
     with pytest.raises(DamagedStoreError, match=r"shard 0 .* is being written"):
         rank._rank_shard(str(path), "positive-3", 0, score="positive", block=3)
+
+
+def test_a_shard_is_ranked_without_reading_the_records_of_others(path, monkeypatch):
+    rank_store(path)
+    read = []
+    of_files = LocalFiles.read_many
+    monkeypatch.setattr(LocalFiles, "read_many", lambda *given: read.extend(given[1]) or of_files(*given))
+    ranking = StoreReader(path).ranking("positive-3")
+    assert ranking.record(1) == ranking.records[1]
+    assert read[: read.index("records/positive-3/00000.json")] == [
+        "records/positive-3/00001.json",
+        "records/00001.json",
+        *(f"records/{shard:05d}.json" for shard in ALL_SHARDS),
+    ]
 
 
 def test_a_shard_that_was_built_again_alike_is_not(path, maps):

@@ -18,7 +18,7 @@ from networks import Smooth
 from test_faults import SHARD_SIZE, N, assert_undisturbed, folder, forks, has_begun, store, whole  # noqa: F401
 
 from igstore import Preprocessing, build_store
-from igstore.building.cluster import Order
+from igstore.building.plan import Names
 from igstore.errors import SettingsMismatchError, UserError
 from igstore.storage.reader import StoreReader
 
@@ -101,8 +101,8 @@ def test_workers_that_see_other_images(cluster, folder, store, tmp_path, monkeyp
     others = tmp_path / "others"
     others.mkdir()
     (others / "image_000.png").symlink_to(folder / "image_000.png")
-    of = Order.of
-    monkeypatch.setattr(Order, "of", lambda *args, **kwargs: replace(of(*args, **kwargs), images=str(others)))
+    of = Names.of
+    monkeypatch.setattr(Names, "of", lambda *given: replace(of(*given), images=str(others)))
     with pytest.raises(SettingsMismatchError, match="does not find what the client has found: images_fingerprint is"):
         build_store("networks:demo_network", folder, store, scheduler=cluster.scheduler_address, **SETTINGS)
     assert not store.exists()

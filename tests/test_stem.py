@@ -58,18 +58,6 @@ def test_attributions_are_those_of_the_whole_network(name, folded):
     torch.testing.assert_close(found.completeness_error, expected.completeness_error)
 
 
-def test_doubled_steps_are_those_of_the_whole_network():
-    network = seeded(Smooth).double()
-    x = images(3, 20)
-    settings = {"baselines": torch.zeros_like(x), "targets": torch.tensor([0, 1, 2]), "n_steps": 2}
-    settings |= {"max_error": 0.02, "max_steps": 32}
-    expected = integrated_gradients(network, x, **settings)
-    found = integrated_gradients(hoist_stem(network, x[:1]), x, **settings)
-    assert expected.n_steps.max() > 2
-    assert torch.equal(found.n_steps, expected.n_steps)
-    torch.testing.assert_close(found.maps, expected.maps)
-
-
 def test_under_autocast_the_stem_stays_in_float32():
     network = seeded(Smooth)
     x = images(2, 20, torch.float32)

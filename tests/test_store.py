@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ from igstore.errors import (
     UserError,
 )
 from igstore.schema import BUILT, BuildSpec, Preprocessing
-from igstore.storage import files, layout
+from igstore.storage import files, layout, staging
+from igstore.storage import store as store_module
+from igstore.storage.files import Folder
+from igstore.storage.presence import hold
 from igstore.storage.reader import StoreReader
 from igstore.storage.store import create_store, extend_store, finish_store, metadata, write_shard
 
@@ -309,6 +313,71 @@ def test_a_shard_that_somebody_else_has_finished_is_left_to_them(path):
     # but whoever knows what is there, and means to put something else in its place, does
     assert write_shard(path, SPEC, 10, 1, ours, RECORD, instead_of=theirs) != theirs
     assert (StoreReader(path).scalars("output")[4:8] == 0.5).all()
+
+
+def test_a_store_is_opened_once_for_a_shard(path, monkeypatch):
+    make(path, shards=[])
+    opened = []
+    monkeypatch.setattr(store_module, "StoreReader", lambda where: opened.append(where) or StoreReader(where))
+    write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert opened == [path]
+
+
+def test_a_store_that_changes_while_a_shard_is_written(path, monkeypatch):
+    """Other attributes do not matter; another number of images does."""
+    make(path, shards=[])
+    write = Folder.write
+
+    def write_and(then):
+        def write_one(folder, name, *pieces):
+            write(folder, name, *pieces)
+            if name.startswith("attribution/"):
+                then()
+
+        monkeypatch.setattr(Folder, "write", write_one)
+
+    def edit(**attributes):
+        root = json.loads((path / "zarr.json").read_text())
+        root["attributes"] |= attributes
+        (path / "zarr.json").write_text(json.dumps(root))
+
+    write_and(lambda: edit(device="none"))
+    write_shard(path, SPEC, 10, 0, shard_arrays(SPEC, 0, 4), RECORD)
+    assert StoreReader(path).missing_shards == [1, 2]
+    write_and(lambda: edit(n_images=9))
+    with pytest.raises(StoreNotFoundError, match="is not the store that was being written"):
+        write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
+    assert not (path / "records/00001.json").exists()
+
+
+# units of an unfinished shard
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_a_unit_is_kept_without_its_pixels(path, pixels):
+    spec = replace(SPEC, pixels=pixels)
+    make(path, spec, shards=[])
+    unit = layout.unbuilt(spec, 3)
+    for name, values in unit.items():
+        values[...] = np.random.default_rng(len(name)).integers(0, 100, values.shape)
+    given = unit.get("pixels")
+    with hold(path) as folder:
+        staging.save_unit(folder, spec, 4, unit)
+        (file,) = (path / "staging").iterdir()
+        with np.load(BytesIO(file.read_bytes()[:-32])) as kept:
+            assert {values.shape for values in kept.values()} == {(3,), unit["attribution"].shape}
+        loaded = staging.load_unit(folder, spec, 4, 3, lambda: given)
+        assert loaded.keys() == unit.keys()
+        for name, values in unit.items():
+            np.testing.assert_array_equal(loaded[name], values)
+        assert staging.load_unit(folder, spec, 4, 2, lambda: given) is None
+        assert staging.load_unit(folder, replace(spec, n_steps=3), 4, 3, lambda: given) is None
+        if pixels:
+            other = given.copy()
+            other[2, 1, 5, 5] ^= 1
+            assert staging.load_unit(folder, spec, 4, 3, lambda: other) is None
+        file.write_bytes(file.read_bytes()[:-40] + bytes(40))
+        assert staging.load_unit(folder, spec, 4, 3, lambda: given) is None
 
 
 @pytest.mark.parametrize("folder", ["attribution", "records"])

@@ -5,6 +5,7 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from igstore import (
     Classifier,
+    MaskedImageNet,
     Preprocessing,
     build_store,
     classifier_from_module,
     cli,
     export_store,
+    open_store,
     rank_store,
     store_info,
     verify_store,
@@ -30,7 +33,8 @@ from igstore.building.parts import Part
 from igstore.engine.attributor import Attributor
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.images import as_image_list
-from igstore.schema import FAILED
+from igstore.info import main as info_main
+from igstore.schema import FAILED, BuildSpec
 from igstore.storage.files import sealed
 from igstore.storage.reader import StoreReader
 from igstore.storage.repair import repair_store
@@ -113,7 +117,6 @@ def test_an_intact_store_has_nothing_wrong(path, capsys):
         {"reduce": "none"},
         {"reduce": "absolute", "pixels": False},
         {"output": "probability", "n_steps": 9, "method": "gausslegendre"},
-        {"max_error": 0.01, "max_steps": 64},
         {"baseline": "noise", "limit": 9},
     ],
     ids=lambda settings: next(iter(settings)),
@@ -387,13 +390,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, range]] = {
 def attributed(monkeypatch) -> list[str]:
     """The ids of the images that are attributed from now on."""
     ids = []
-    attribute = Attributor.__call__
+    submit = Attributor.submit
 
     def spy(self, pixels, labels, image_ids, reasons):
         ids.extend(image_ids)
-        return attribute(self, pixels, labels, image_ids, reasons)
+        return submit(self, pixels, labels, image_ids, reasons)
 
-    monkeypatch.setattr(Attributor, "__call__", spy)
+    monkeypatch.setattr(Attributor, "submit", spy)
     return ids
 
 
@@ -742,3 +745,43 @@ def test_recomputing_needs_the_same_weights(path, tmp_path, monkeypatch):
     monkeypatch.setattr("test_verify.NETWORK", other)
     with pytest.raises(UserError, match="weights found are own"):
         verify_store(path, recompute=3, model=NAMED)
+
+
+# stores of earlier versions, which could double the steps of an image
+
+
+@pytest.fixture
+def doubled(tmp_path, monkeypatch) -> Path:
+    """A store whose first image has 8 steps, and the others 4."""
+    with monkeypatch.context() as patch:
+        patch.setattr("igstore.building.plan.BuildSpec", partial(BuildSpec, max_error=0.05, max_steps=16))
+        path = build(tmp_path / "doubled.zarr", rank=False)
+    evaluations = StoreReader(path).records[0]["evaluations"]
+    rewrite(path, 0, put("n_steps", 8, image=0), evaluations=evaluations + 4)
+    finish_store(path, {})
+    rank_store(path)
+    return path
+
+
+def test_a_store_with_doubled_steps_is_read_and_verified(doubled, tmp_path, capsys):
+    assert verify_store(doubled) == []
+    assert open_store(doubled).n_steps.values[:3].tolist() == [8, 4, 4]
+    assert info_main([str(doubled)]) == cli.DONE
+    assert "4 steps, doubled up to 16 while the completeness error exceeds 0.05" in capsys.readouterr().out
+    assert len(MaskedImageNet(doubled, p=50)) == StoreReader(doubled).spec.shard_size * 3 - 4
+    copy = export_store(doubled, tmp_path / "copy.h5", format="hdf5")
+    assert verify_store(copy) == []
+
+
+@pytest.mark.parametrize("steps", [3, 12, 32])
+def test_only_doubled_steps_within_the_limit_are_right(doubled, steps):
+    evaluations = StoreReader(doubled).records[0]["evaluations"]
+    rewrite(doubled, 0, put("n_steps", steps, image=0), evaluations=evaluations + steps - 8)
+    assert any("is no number of steps of this build" in finding.problem for finding in verify_store(doubled))
+
+
+def test_doubled_steps_are_not_computed_again(doubled):
+    with pytest.raises(UserError, match=r"doubled the steps of some images.*leave recompute out"):
+        verify_store(doubled, recompute=2, model=NETWORK)
+    with pytest.raises(SettingsMismatchError, match=r"max_error is 0\.05 there and None here"):
+        build(doubled)

@@ -71,8 +71,6 @@ MISTAKES = {
     "evaluate bare.zarr --models networks:Smooth": "give --images PATH",
     "show bare.zarr": "give --images PATH",
     "curves bare.zarr": "give --images PATH",
-    f"{BUILD} --max-error 0.1": "--max-error and --max-steps go together",
-    f"{BUILD} --max-error 0.1 --max-steps 200 --method gausslegendre": "--max-error needs --method riemann_right",
     f"{BUILD} --n-steps 40000": "--n-steps is 40000",
     f"{BUILD} --seed -3": "--seed is -3",
     f"{BUILD} --device tpu": "--device is 'tpu'",
@@ -94,7 +92,7 @@ MISTAKES = {
     "show toy.zarr --out picture.jpg": "--out is picture.jpg",
     "evaluate toy.zarr --p 101 --models networks:Smooth": "--p is 101",
     f"evaluate toy.zarr --models {NETWORK} --weights a b": "2 weights for 1 models",
-    "evaluate toy.zarr": "give --weights for it, or --models",
+    "evaluate toy.zarr": "give --weights for it, or name a model yourself: --models",
     "evaluate toy.zarr --device tpu": "--device is 'tpu'",
     "curves toy.zarr --steps 9999": "--steps is 9999",
     "report photographs --out page.pdf": "--out is page.pdf",
@@ -125,10 +123,6 @@ def in_python(here: Path) -> dict[str, tuple[Callable[[], object], str]]:
             "which target=label needs; give labels, or target=prediction",
         ),
         "steps": (lambda: build_store(net, images, "x.zarr", preprocessing=small, n_steps=0), "^n_steps is 0"),
-        "error": (
-            lambda: build_store(net, images, "x.zarr", preprocessing=small, max_error=0.1),
-            "^max_error and max_steps go together",
-        ),
         "store": (lambda: build_store(net, images, "flat", preprocessing=small), "give another store, or remove it"),
         "p": (lambda: igstore.keep_mask("toy.zarr", p=101), "^p is 101"),
         "weights": (lambda: igstore.load_classifier("resnet50", "nowhere"), "^weights is 'nowhere'"),
@@ -136,7 +130,7 @@ def in_python(here: Path) -> dict[str, tuple[Callable[[], object], str]]:
     }
 
 
-@pytest.mark.parametrize("mistake", ["pixels", "target", "steps", "error", "store", "p", "weights", "labels"])
+@pytest.mark.parametrize("mistake", ["pixels", "target", "steps", "store", "p", "weights", "labels"])
 def test_messages_in_python_name_its_parameters(mistake, here):
     function, message = in_python(here)[mistake]
     cli.run(module_of("show").main, ["toy.zarr", "--p", "101"])  # leaves nothing behind

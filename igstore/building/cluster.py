@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -22,11 +21,10 @@ from typing import Any
 import torch
 
 from igstore.building.devices import find_device
-from igstore.building.plan import Build, plan_build
+from igstore.building.plan import Build, Names, absolute, plan_build
 from igstore.building.schedulers import connect
 from igstore.building.worker import Advance, Report, Worker
 from igstore.errors import IgstoreError, SettingsMismatchError, UserError
-from igstore.images import Split
 from igstore.schema import BuildSpec
 from igstore.storage.presence import at_work
 from igstore.wording import option
@@ -45,78 +43,46 @@ class Order:
 
     Parameters
     ----------
-    model, weights, images, split, labels, device, batch_size, workers
-        As `build_store`; the model a name, paths absolute.
+    names
+        Of the model and the images.
     store
         Absolute path of the store.
     n_images
         How many of the images are built.
     spec
         What the worker must come to, too.
+    device, batch_size, workers
+        As `build_store`.
     """
 
-    model: str
-    weights: str | None
-    images: str
-    split: Split
-    labels: str | None
-    device: str
-    batch_size: int | None
-    workers: int | None
+    names: Names
     store: str
     n_images: int
     spec: BuildSpec
+    device: str
+    batch_size: int | None
+    workers: int | None
 
     @classmethod
-    def of(
-        cls,
-        build: Build,
-        *,
-        model: object,
-        weights: str | os.PathLike[str] | None,
-        images: object,
-        split: Split,
-        labels: str | os.PathLike[str] | None,
-        device: str,
-        batch_size: int | None,
-        workers: int | None,
-    ) -> Order:
-        """The order for `build`, which was planned from the other arguments.
+    def of(cls, build: Build, *, device: str, batch_size: int | None, workers: int | None) -> Order:
+        """The order for `build`.
 
         Raises
         ------
         UserError
             The network or the images have no name that would find them on another machine.
         """
-        if not isinstance(model, str) or not isinstance(images, (str, os.PathLike)):
+        if build.names is None:
             raise UserError(
                 f"{option('scheduler')} needs a model given by name, package.module:function for one of your own, and "
-                "images given "
-                "by path: workers load them themselves"
+                "images given by path: workers load them themselves"
             )
         if device == "all" or "," in device:
             raise UserError(
                 f"{option('device')} is {device}, which with {option('scheduler')} is each worker's one device; start "
-                "one worker a GPU, and "
-                "leave it out"
+                "one worker a GPU, and leave it out"
             )
-        return cls(
-            model=model,
-            weights=None if weights is None else _absolute(weights) if Path(weights).is_file() else str(weights),
-            images=_absolute(images),
-            split=split,
-            labels=None if labels is None else _absolute(labels),
-            device=device,
-            batch_size=batch_size,
-            workers=workers,
-            store=_absolute(build.path),
-            n_images=build.n_images,
-            spec=build.spec,
-        )
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    return str(Path(path).expanduser().absolute())
+        return cls(build.names, absolute(build.path), build.n_images, build.spec, device, batch_size, workers)
 
 
 class Cluster:
@@ -218,16 +184,11 @@ def _worker(order: Order) -> Worker:
     """The worker of this process for that order: the network loaded, the images listed."""
     settings = {field.name: getattr(order.spec, field.name) for field in dataclasses.fields(BuildSpec)}
     build = plan_build(
-        order.model,
-        order.images,
-        order.store,
-        weights=order.weights,
+        **vars(order.names),
+        store=order.store,
         preprocessing=order.spec.preprocessing,
-        split=order.split,
-        labels=order.labels,
         limit=order.n_images,
-        overwrite=False,
-        settings={name: value for name, value in settings.items() if name not in _FOUND_BY_PLAN},
+        **{name: value for name, value in settings.items() if name not in _FOUND_BY_PLAN},
     )
     differences = build.spec.differences(order.spec)
     if differences:

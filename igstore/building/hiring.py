@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from igstore.attribution import check_precision
 from igstore.building.builder import Hire
@@ -31,7 +30,6 @@ def choose_workers(
     device: str,
     batch_size: int | None,
     workers: int | None,
-    **source: Any,
 ) -> Hire:
     """What gives those who attribute `build` when there is something to do.
 
@@ -41,18 +39,16 @@ def choose_workers(
         What to build.
     scheduler, device, batch_size, workers
         As `build_store`.
-    source
-        What `build` was planned from, as `Order.of` takes it.
 
     Raises
     ------
     UserError
-        There are no such devices, they do not have the precision that is asked for, or `source` says nothing to a
-        cluster.
+        There are no such devices, they do not have the precision that is asked for, or a cluster would not find the
+        model or the images.
     """
     check_sizes(batch_size, workers)
     if scheduler is not None:
-        order = Order.of(build, device=device, batch_size=batch_size, workers=workers, **source)
+        order = Order.of(build, device=device, batch_size=batch_size, workers=workers)
         return lambda _: Cluster(order, scheduler=scheduler)
     devices = find_devices(device)
     for one in devices:

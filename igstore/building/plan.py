@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 
 from igstore.adapters import adapted
 from igstore.errors import ImageError, UserError
-from igstore.images import ImageList, Split, as_image_list, find_images
+from igstore.images import ImageList, as_image_list, find_images
+from igstore.learned_rules import with_rule
 from igstore.models import Classifier, check_preprocessing, classifier_from_module, load_classifier
-from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, as_path
+from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, Split, as_path
 from igstore.storage import layout
 from igstore.storage.store import read_json
 from igstore.wording import option
@@ -26,14 +28,48 @@ _SETTINGS = ("attributes", "settings")  # what holds a store's settings in its o
 
 
 @dataclass(frozen=True)
+class Names:
+    """What finds a build's model and images on another machine, too: as `build_store` takes them, paths absolute."""
+
+    model: str
+    weights: str | None
+    images: str
+    split: Split
+    labels: str | None
+
+    @classmethod
+    def of(cls, model: Any, weights: Any, images: Any, split: Split, labels: Any) -> Names | None:
+        """The names that a user gave; None where the model or the images are objects of this process."""
+        if not isinstance(model, str) or not isinstance(images, str | os.PathLike):
+            return None
+        is_file = isinstance(weights, str | os.PathLike) and Path(weights).is_file()
+        return cls(
+            model=model,
+            weights=None if weights is None else absolute(weights) if is_file else str(weights),
+            images=absolute(images),
+            split=split,
+            labels=None if labels is None else absolute(labels),
+        )
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that holds in other working folders, too."""
+    return str(Path(path).expanduser().absolute())
+
+
+@dataclass(frozen=True)
 class Build:
-    """The first `n_images` of `images` go into the store at `path`, attributed with `classifier` as `spec` says."""
+    """The first `n_images` of `images` go into the store at `path`, attributed with `classifier` as `spec` says.
+
+    `names` find classifier and images on other machines, where that is possible.
+    """
 
     classifier: Classifier
     images: ImageList
     n_images: int
     spec: BuildSpec
     path: Path
+    names: Names | None
 
 
 def plan_build(
@@ -41,18 +77,20 @@ def plan_build(
     images: Any,
     store: str | os.PathLike[str],
     *,
-    weights: str | None,
-    preprocessing: Preprocessing | None,
-    split: Split,
-    labels: str | os.PathLike[str] | None,
-    limit: int | None,
-    overwrite: bool,
-    settings: dict[str, Any],
+    weights: str | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    split: Split = "val",
+    labels: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    overwrite: bool = False,
+    **settings: Any,
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
+    settings = with_rule(settings)
     path = as_path("store", store)
     version = FORMAT_VERSION if overwrite else _format_there(path)
     listed = listed_images(images, split=split, labels=labels)
+    names = Names.of(model, weights, images, split, labels)
     classifier, listed = chosen_classifier(model, weights, preprocessing, listed)
     classifier = adapted(classifier, settings.get("output", "logit"))
     spec = BuildSpec(
@@ -71,7 +109,7 @@ def plan_build(
             f"{option('target', 'prediction')}"
         )
     layout.check_classes(spec, int(chosen.labels.max()))
-    return Build(classifier, listed, len(chosen), spec, path)
+    return Build(classifier, listed, len(chosen), spec, path, names)
 
 
 def _format_there(path: Path) -> int:
@@ -98,7 +136,7 @@ def listed_images(images: Any, *, split: Split, labels: str | os.PathLike[str] |
 def chosen_classifier(
     model: str | Classifier | torch.nn.Module,
     weights: str | None,
-    preprocessing: Preprocessing | None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
     images: ImageList,
 ) -> tuple[Classifier, ImageList]:
     """The model that a user means, and the images as it can be shown them; parameters as `build_store`.
@@ -106,9 +144,15 @@ def chosen_classifier(
     Where nothing says how the images become a network's input, they must be of one size: those that are not cannot be
     read from the list that is returned.
     """
-    if isinstance(model, str):
-        model = load_classifier(model, weights)
-    elif weights is not None:
+    if isinstance(preprocessing, Mapping):
+        if not isinstance(model, str):
+            raise UserError(
+                "preprocessing is a dict, which changes that of a model given by name; give igstore.Preprocessing(...)"
+            )
+        model, weights, preprocessing = load_classifier(model, weights, **preprocessing), None, None
+    elif isinstance(model, str):
+        model, weights = load_classifier(model, weights), None
+    if weights is not None:
         raise UserError("weights goes with a model given by name; a network brings its own")
     if preprocessing is not None:
         check_preprocessing(preprocessing)

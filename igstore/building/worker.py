@@ -7,9 +7,9 @@ accelerator waits for neither. What is finished is kept: `igstore.storage.stagin
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from igstore.building.decoding import Decoder, Job
 from igstore.building.plan import Build
 from igstore.building.shards import ShardWriter
 from igstore.engine.attributor import Arrays, Attributor
+from igstore.engine.transfer import one_behind
 from igstore.limits import free_memory
 from igstore.models import Classifier
 from igstore.schema import BUILT, FAILED
@@ -80,6 +81,10 @@ def _say_if_short_of_memory(classifier: Classifier) -> None:
         )
 
 
+def _with_job(job: Job, wait: Callable[[], Arrays]) -> tuple[Job, Arrays]:
+    return job, wait()
+
+
 class Worker:
     """Builds shards in this process; a context manager.
 
@@ -120,7 +125,6 @@ class Worker:
         layout.check_classes(build.spec, self._attributor.n_classes - 1)
         self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
         self._decoder = Decoder(build.images, build.spec.preprocessing, workers)
-        self._jobs_ahead = 1 if device.type == "cuda" else 0
         self._unit = max(1, _UNIT_EVALUATIONS[device.type] // max(1, build.spec.n_steps))  # images
         self._runtime = provenance.runtime(device)
 
@@ -147,21 +151,17 @@ class Worker:
             store = StoreReader(folder.path)
             listed = images.ids[: store.n_images], images.labels[: store.n_images]
             with ShardWriter(folder, spec, *listed, self._runtime) as writer:
-                for job, arrays in self._attributed(self._jobs(shards, folder, store, writer, report)):
+                submitted = self._submitted(self._jobs(shards, folder, store, writer, report))
+                for job, arrays in one_behind(submitted, self._attributor.device):
                     writer.add(job, arrays, is_staged=False)
                     errors = arrays["completeness_error"][arrays["status"] == BUILT]
                     report(Advance(len(job), int(arrays["n_steps"].sum()), errors))
 
-    def _attributed(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Arrays]]:
-        """The jobs in order with their arrays; a GPU has the next job before the results of this one are asked for."""
-        submitted: deque[tuple[Job, Callable[[], Arrays]]] = deque()
+    def _submitted(self, jobs: Iterable[Job]) -> Iterator[Callable[[], tuple[Job, Arrays]]]:
+        """Of each job in order, once the device has it, a function that waits for its arrays."""
         for job, pixels, reasons in self._decoder.decode(jobs):
-            submitted.append((job, self._attributor.submit(pixels, *self._listed(job), reasons)))
-            if len(submitted) > self._jobs_ahead:
-                first, result = submitted.popleft()
-                yield first, result()
-        for job, result in submitted:
-            yield job, result()
+            wait = self._attributor.submit(pixels, *self._listed(job), reasons)
+            yield partial(_with_job, job, wait)
 
     def _jobs(
         self, shards: Iterable[int], folder: Folder, store: StoreReader, writer: ShardWriter, report: Report
@@ -175,7 +175,7 @@ class Worker:
                 report(Advance(record["images"][1] - record["images"][0]))
                 continue
             for job in self._units(shard, *store.bounds(shard)):
-                staged = staging.load_unit(folder, store.spec, job.first, len(job))
+                staged = staging.load_unit(folder, store.spec, job.first, len(job), partial(self._pixels, job))
                 # a unit in which an image failed is done again whole, in the same batches
                 if staged is not None and not (staged["status"] == FAILED).any():
                     writer.add(job, staged, is_staged=True)
@@ -187,6 +187,10 @@ class Worker:
     def _units(self, shard: int, first: int, last: int) -> Iterator[Job]:
         for start in range(first, last, self._unit):
             yield Job(shard, start, min(start + self._unit, last))
+
+    def _pixels(self, job: Job) -> NDArray[np.uint8]:
+        ((_, pixels, _),) = self._decoder.decode([job])
+        return pixels
 
     def _listed(self, job: Job) -> tuple[NDArray[np.int32], Sequence[str]]:
         images = self._build.images

@@ -20,6 +20,7 @@ from igstore.engine.guard import is_out_of_memory
 from igstore.engine.lines.integral import OnLines
 from igstore.engine.memory import available_memory, gradient_bytes
 from igstore.engine.stem import hoist_stem
+from igstore.engine.transfer import to_device, to_host
 from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.freed_memory import freed_memory_kept
@@ -100,7 +101,7 @@ class Attributor:
 
     def check_method(self, spec: BuildSpec) -> None:
         """Raise `UserError` unless the spec's method exists, with so many steps."""
-        rule(spec.method, spec.n_steps)
+        rule(spec.quadrature, spec.n_steps)
 
     def check_labels(self, labels: NDArray[np.int32], image_ids: Sequence[str]) -> None:
         """Raise `UserError`, naming the image, unless all labels, int32 (image,), are the network's classes or -1."""
@@ -156,24 +157,26 @@ class Attributor:
         self.check_labels(labels, image_ids)
         started = time.monotonic()
         count = len(pixels)
-        arrays = layout.unbuilt(self.spec, count) | {
+        arrays = layout.unbuilt(self.spec, count, omitted=["pixels"]) | {
             "reason": np.array(reasons, dtype=_REASON),
             "in_top5": np.zeros(count, bool),
         }
-        good = arrays["reason"] == ""
+        readable = arrays["reason"] == ""
+        good = _selection(readable)
         wait: Callable[[], Arrays] = dict
-        if good.any():
-            ids = [image_id for image_id, readable in zip(image_ids, good, strict=True) if readable]
+        if readable.any():
+            ids = [image_id for image_id, is_readable in zip(image_ids, readable, strict=True) if is_readable]
             wait = self._submit_shrinking(pixels[good], labels[good], ids)
         batch_size = self.batch_size
 
         def result() -> Arrays:
             attributed = wait()
             if attributed:
-                built = attributed["reason"] == ""
+                built = _selection(attributed["reason"] == "")
                 arrays["reason"][good] = attributed.pop("reason")
+                to_fill = _selection(arrays["reason"] == "")
                 for name, values in attributed.items():
-                    arrays[name][arrays["reason"] == ""] = values[built]
+                    arrays[name][to_fill] = values[built]
             arrays["status"] = np.where(arrays["reason"] == "", BUILT, FAILED).astype(np.uint8)
             if self.spec.pixels:
                 arrays["pixels"] = pixels
@@ -247,7 +250,7 @@ class Attributor:
         spec = self.spec
         x = self._normalise(pixels)
         baselines = self._baselines(pixels, image_ids)
-        label = self._on_device(labels.astype(np.int64))
+        label = to_device(labels.astype(np.int64), self.device)
         with numerics(spec.precision, self.device):
             scores = logits(self.network, x, self.batch_size).float()  # (image, class)
         target = label if spec.target == "label" else scores.argmax(dim=1)
@@ -260,7 +263,7 @@ class Attributor:
             "first_output": select_output(scores, target, spec.output).double(),
             "size": scores.abs().amax(dim=1).double() if spec.output == "logit" else torch.ones_like(target).double(),
         }
-        wait = _on_host(common | _stored(found))
+        wait = to_host(common | _stored(found))
         noise = _NOISE.get(spec.precision, _FLOAT32_NOISE)
 
         def result() -> Arrays:
@@ -272,7 +275,7 @@ class Attributor:
                     place = torch.from_numpy(wrong).to(self.device)
                     with fresh_torch(self.device):
                         again = self._gradients(x[place], baselines[place], target[place], "float32")
-                    for name, values in _on_host(_stored(again))().items():
+                    for name, values in to_host(_stored(again))().items():
                         arrays[name][wrong] = values
             finite = arrays.pop("finite")
             return arrays | {"reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON)}
@@ -294,14 +297,12 @@ class Attributor:
             x,
             baselines,
             targets,
-            method=spec.method,  # type: ignore[arg-type]  # one of its rules, as `check_method` saw
+            method=spec.quadrature,
             n_steps=spec.n_steps,
             output=spec.output,
             reduce=spec.reduce,
             precision=precision,
             batch_size=self.batch_size,
-            max_error=spec.max_error,
-            max_steps=spec.max_steps,
         )
 
     def _pictures(self) -> torch.Tensor:
@@ -335,7 +336,7 @@ class Attributor:
         return max(1, (torch.cuda.max_memory_allocated(self.device) - before) // steps)
 
     def _normalise(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> torch.Tensor:
-        on_device = self._on_device(pixels)
+        on_device = to_device(pixels, self.device)
         return normalise(on_device, self.spec.preprocessing).contiguous(memory_format=torch.channels_last)
 
     def _baselines(self, pixels: NDArray[np.uint8], image_ids: Sequence[str]) -> torch.Tensor:
@@ -347,11 +348,6 @@ class Attributor:
             spec.baseline, pixels[some], mean=spec.preprocessing.mean, image_ids=image_ids[some], seed=spec.seed
         )
         return self._normalise(made).expand(len(pixels), -1, -1, -1)
-
-    def _on_device(self, values: NDArray[Any]) -> torch.Tensor:
-        """A copy on the device, for which the host does not wait."""
-        host = torch.from_numpy(np.ascontiguousarray(values))
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
 
 def _stored(found: Attributions) -> dict[str, torch.Tensor]:
@@ -371,22 +367,9 @@ def _stored(found: Attributions) -> dict[str, torch.Tensor]:
     }
 
 
-def _on_host(tensors: dict[str, torch.Tensor]) -> Callable[[], Arrays]:
-    """A function that waits for the tensors and returns copies; the device is asked for them now."""
-    if not any(tensor.is_cuda for tensor in tensors.values()):
-        return lambda: {name: tensor.numpy() for name, tensor in tensors.items()}
-    host = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
-    arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
-
-    def wait() -> Arrays:
-        arrived.synchronize()
-        return {name: tensor.numpy() for name, tensor in host.items()}
-
-    return wait
+def _selection(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | slice:
+    """What picks the images where a mask is true; all of them without a copy."""
+    return slice(None) if mask.all() else mask
 
 
 def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequence[str]) -> None:
@@ -398,5 +381,6 @@ def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequenc
         image = int(different.argmax())
         raise ModelError(
             f"the network gives {first[image]:.4g} and then {second[image]:.4g} for image {image_ids[image]}: "
-            "something in its forward pass is random, so its maps would be too; switch that off"
+            "something in its forward pass is random, so its maps would be too; switch that off (where nothing is, the "
+            "network amplifies float32's rounding, and its maps would mean little)"
         )

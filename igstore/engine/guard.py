@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from igstore.engine.modules import scores_of
+from igstore.engine.weights import first_line
 from igstore.errors import IgstoreError, ModelError
 
 # Of a gradient's length. Where rounding moves a unit across the kink of its ReLU a gradient jumps: float32 is off by
@@ -158,7 +159,9 @@ def _first_outputs(network: nn.Module, images: Tensor) -> tuple[Tensor, bool]:
         if isinstance(error, IgstoreError) or is_out_of_memory(error):
             raise
         size = " x ".join(map(str, images.shape[1:]))
-        raise ModelError(f"the network fails on an image of {size} ({type(error).__name__}: {error})") from error
+        raise ModelError(
+            f"the network fails on an image of {size} ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.reporting.results import NOT_SHOWN, Pairing, Row
 from igstore.reporting.results_folder import PREDICTIONS, RESULTS, read_rows
 from igstore.reporting.tables import by_p, kinds, lines, store_names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from igstore.attribution import logits, numerics
 from igstore.batches import MaskedBatch, MaskedBatches
 from igstore.building import provenance
 from igstore.engine.acceleration import accelerate
+from igstore.engine.transfer import one_behind, to_device, to_host
 from igstore.errors import ModelError, UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.models import Classifier
 from igstore.progress import Progress
 from igstore.reporting.results import Pairing, Shown, settings_sha256
-from igstore.schema import BUILT, UNKNOWN_LABEL, whole_number
+from igstore.schema import BUILT, UNKNOWN_LABEL, ForwardPrecision, whole_number
 from igstore.storage.reader import StoreReader
 
 _BATCH = {"cpu": 32, "cuda": 128}  # images; larger batches gain nothing
@@ -87,8 +88,8 @@ class ShowingPlan:
             raise UserError(f"no image of {store.where} has a label, so there is no accuracy to measure")
 
 
-def show(plans: Sequence[ShowingPlan], *, show_progress: bool) -> list[Shown]:
-    """Carry out plans on one device: what each classifier makes of each store's images, in float32.
+def show(plans: Sequence[ShowingPlan], *, precision: ForwardPrecision, show_progress: bool) -> list[Shown]:
+    """Carry out plans on one device: the classes that each classifier predicts for each store's images.
 
     Raises
     ------
@@ -99,40 +100,75 @@ def show(plans: Sequence[ShowingPlan], *, show_progress: bool) -> list[Shown]:
     """
     n_images = sum(len(plan.images) for plan in plans)
     shown = []
-    with numerics("float32", plans[0].device), Progress(n_images, label="evaluate", show=show_progress) as progress:
-        # all of them first, so that one that does not work is found before the work begins
-        networks = {
-            classifier: accelerate(
-                adapted(classifier, "logit").network,
-                torch.zeros(1, 3, *classifier.preprocessing.crop).to(plan.device),
-            )
-            for plan in plans
-            for classifier in plan.classifiers
-        }
+    # all of them first, so that one that does not work is found before the work begins
+    networks = {
+        classifier: _prepared(classifier, precision, plan.device) for plan in plans for classifier in plan.classifiers
+    }
+    with (
+        numerics("tf32" if precision == "tf32" else "float32", plans[0].device),
+        Progress(n_images, label="evaluate", show=show_progress) as progress,
+    ):
         for plan in plans:
-            shown += _show(plan, networks, progress)
+            shown += _show(plan, networks, precision, progress)
     return shown
 
 
-def _show(plan: ShowingPlan, networks: dict[Classifier, nn.Module], progress: Progress) -> list[Shown]:
+def _prepared(classifier: Classifier, precision: ForwardPrecision, device: torch.device) -> nn.Module:
+    with numerics("float32", device):
+        probe = torch.zeros(1, 3, *classifier.preprocessing.crop, device=device)
+        network = accelerate(adapted(classifier, "logit").network, probe, own_convolutions=precision == "float32")
+    return _InFloat16(network) if precision == "float16" else network
+
+
+class _InFloat16(nn.Module):
+    """A network whose own numbers are float16: to cast them in each pass, as autocast does, takes longer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = network.half()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self._network(inputs.half())
+        return outputs
+
+
+def _show(
+    plan: ShowingPlan, networks: dict[Classifier, nn.Module], precision: ForwardPrecision, progress: Progress
+) -> list[Shown]:
     views: list[list[_Views]] = [[] for _ in plan.classifiers]
     with torch.inference_mode():
-        for batch in plan.batches:
-            for classifier, of_classifier in zip(plan.classifiers, views, strict=True):
-                of_classifier.append(_view(batch, classifier, networks[classifier], plan.cells))
-            progress.advance(len(batch))
+        for of_batch in one_behind(_submitted(plan, networks, progress), plan.device):
+            for of_classifier, found in zip(views, of_batch, strict=True):
+                of_classifier.append(found)
     ids = [plan.store.image_ids[image] for image in plan.images.tolist()]
     errors, steps = (plan.store.scalars(name)[plan.images] for name in ("completeness_error", "n_steps"))
     names = plan.store.attributes.get("class_names", ())
     shown = []
     for classifier, of_classifier in zip(plan.classifiers, views, strict=True):
         prediction, in_top5, visible = (np.hstack(arrays) for arrays in zip(*of_classifier, strict=True))
-        pairing = _pairing(plan.store, classifier, plan.device)
+        pairing = _pairing(plan.store, classifier, precision, plan.device)
         shown.append(Shown(pairing, ids, plan.labels, prediction, in_top5, visible, errors, steps, names))
     return shown
 
 
-def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells: Sequence[MaskOptions]) -> _Views:
+def _submitted(
+    plan: ShowingPlan, networks: dict[Classifier, nn.Module], progress: Progress
+) -> Iterator[Callable[[], list[_Views]]]:
+    """Of each batch, once the device has it, a function that waits for what each classifier makes of it."""
+    for batch in plan.batches:
+        waits = [_view(batch, classifier, networks[classifier], plan.cells) for classifier in plan.classifiers]
+
+        def wait(waits: list[Callable[[], _Views]] = waits, count: int = len(batch)) -> list[_Views]:
+            found = [wait() for wait in waits]
+            progress.advance(count)
+            return found
+
+        yield wait
+
+
+def _view(
+    batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells: Sequence[MaskOptions]
+) -> Callable[[], _Views]:
     own = classifier.preprocessing
     inputs = itertools.chain([batch.unmasked(own)], (batch.masked(cell, own) for cell in cells))
     scores = torch.stack([scores_of(network, images, classifier.name) for images in inputs])  # (1 + cell, image, class)
@@ -142,16 +178,24 @@ def _view(batch: MaskedBatch, classifier: Classifier, network: nn.Module, cells:
             f"an image has class index {batch.labels.max()}, but {classifier.name} has {n_classes} classes (0 to "
             f"{n_classes - 1}): it is a model for another data set"
         )
-    if not scores.isfinite().all():
-        raise ModelError(f"{classifier.name} gives outputs that are not finite")
-    labels = torch.as_tensor(batch.labels, device=scores.device)[:, None]
-    in_top5 = (scores.topk(min(5, n_classes), dim=2).indices == labels).any(dim=2)
-    visible = torch.stack([batch.visible(cell, own) for cell in cells])
-    return (
-        scores.argmax(dim=2).cpu().numpy().astype(np.int32),
-        in_top5.cpu().numpy(),
-        np.vstack([np.ones(len(batch)), visible.cpu().numpy()]),
+    labels = to_device(batch.labels, scores.device)[:, None]
+    in_host = to_host(
+        {
+            "finite": scores.isfinite().all(),
+            "prediction": scores.argmax(dim=2).int(),
+            "in_top5": (scores.topk(min(5, n_classes), dim=2).indices == labels).any(dim=2),
+            "visible": torch.stack([batch.visible(cell, own) for cell in cells]),
+        }
     )
+
+    def wait() -> _Views:
+        found = in_host()
+        if not found["finite"]:
+            raise ModelError(f"{classifier.name} gives outputs that are not finite")
+        visible = np.vstack([np.ones((1, found["visible"].shape[1])), found["visible"]])
+        return found["prediction"], found["in_top5"], visible
+
+    return wait
 
 
 def scores_of(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
@@ -162,7 +206,7 @@ def scores_of(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
         raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller batch size") from error
 
 
-def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -> Pairing:
+def _pairing(store: StoreReader, classifier: Classifier, precision: ForwardPrecision, device: torch.device) -> Pairing:
     spec, versions = store.spec, provenance.versions()["versions"]
     return Pairing(
         store=store.where.rpartition("/")[2],
@@ -173,12 +217,13 @@ def _pairing(store: StoreReader, classifier: Classifier, device: torch.device) -
         baseline=spec.baseline,
         target=spec.target,
         output=spec.output,
-        method=spec.maps_by or spec.method,
+        method=spec.maps_by or spec.rule_name,
         n_steps=spec.n_steps,
         reduce=spec.reduce,
         model=classifier.name,
         weights=classifier.weights,
         weights_sha256=classifier.weights_sha256,
+        precision=precision,
         device=provenance.device_name(device),
         igstore_version=versions["igstore"],
         torch_version=versions["torch"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +11,22 @@ from typing import TypeVar
 from igstore.errors import UserError
 from igstore.reporting.results import Row
 from igstore.reporting.texts import markdown
-from igstore.schema import Keep
+from igstore.schema import BuildSpec, Keep
 
 WIDTH = 100  # columns of a terminal
+_FRAME = 7  # lines of a table's title, of its note, three at most, of its header, and around them
 
 Line = tuple[str, ...]
 
 _SHOWN: dict[Keep, str] = {
     "top": "where the unimportant pixels are masked (keep top)",
     "bottom": "where the important pixels are masked (keep bottom)",
+}
+
+_REDUCED = {
+    "positive": "positive part of each channel",
+    "absolute": "absolute value of each channel",
+    "none": "channels apart",
 }
 
 
@@ -78,6 +86,36 @@ def article_tables(rows: Sequence[Row]) -> list[Table]:
         sides = _both_sides(of_masks)
         if sides:
             tables.append(_top_against_bottom(masks, sides))
+    return tables
+
+
+def overview(rows: Sequence[Row], most: int) -> list[Table]:
+    """Top-1 accuracies alone, a line for each model, order and side of the cut; a table for each kind of mask.
+
+    As text, the tables and what separates them take at most `most` lines. The last note says how many lines of the
+    tables are left out.
+    """
+    tables: list[Table] = []
+    left_out = 0
+    for masks, of_masks in kinds(rows).items():
+        every_p = sorted({row.p for row in of_masks}, reverse=True)
+        found: list[Line] = []
+        for label, of_label in lines(of_masks).items():
+            for keep in _SHOWN:
+                at = by_p(row for row in of_label if row.keep == keep)
+                if at:
+                    unmasked = percent(of_label[0].original_top1, of_label[0].n)
+                    shown = (percent(at[p].top1, at[p].n) if p in at else "" for p in every_p)
+                    found.append((label, keep, unmasked, *shown))
+        header = ("model", "keep", "unmasked", *(f"p={p:g}" for p in every_p))
+        taken = sum(_FRAME + len(table.groups) for table in tables)
+        shown_lines = found[: max(0, most - taken - _FRAME)]
+        left_out += len(found) - len(shown_lines)
+        if shown_lines:
+            title = f"Top-1 accuracy (%), {images_of(of_masks)}"
+            tables.append(Table(title, masks, header, tuple((line,) for line in shown_lines)))
+    if left_out:
+        tables[-1] = dataclasses.replace(tables[-1], note=f"{tables[-1].note} {left_out} more lines are left out.")
     return tables
 
 
@@ -168,9 +206,9 @@ def _how(row: Row) -> str:
     made = f"{row.baseline} baseline, {row.target} as target, {row.n_steps} steps"
     if row.is_imported:
         made = f"made by {row.method}, {row.target} as target"
-    unusual = [] if row.is_imported or row.method == "riemann_right" else [row.method]
-    unusual += [row.output] if row.output != "logit" else []
-    unusual += [f"{row.reduce} of the channels"] if row.reduce != "sum" else []
+    unusual = [] if row.is_imported or row.method == BuildSpec.method else [row.method]
+    unusual += [row.output] if row.output != BuildSpec.output else []
+    unusual += [_REDUCED[row.reduce]] if row.reduce != BuildSpec.reduce else []
     return ", ".join([made, *unusual])
 
 

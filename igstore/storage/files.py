@@ -223,14 +223,16 @@ def is_sealed(content: Mapping[str, Any]) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    """Wait until what a file holds, or a folder with all that is in it, is on the disk.
+
+    The name of `path` itself is on the disk after `flush_names` of its folder.
+    """
     for home, _, names in os.walk(path):
         for name in names:
             _flush_one(Path(home, name))
         _flush_one(Path(home))
     if not path.is_dir():
         _flush_one(path)
-    flush_names(path.parent)
 
 
 def flush_names(path: Path) -> None:

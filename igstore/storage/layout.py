@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +22,8 @@ from igstore.schema import (
     NOT_BUILT,
     UNKNOWN_LABEL,
     BuildSpec,
-    Score,
     X,
     Y,
-    check_choice,
 )
 from igstore.wording import option
 
@@ -118,12 +115,15 @@ def listed(spec: BuildSpec, image_ids: Iterable[str], labels: NDArray[np.integer
     return {"image_id": ids, "label": labels.astype(variables(spec)["label"].dtype)}
 
 
-def unbuilt(spec: BuildSpec, count: int) -> dict[str, NDArray[Any]]:
-    """Every variable that a build computes, for `count` images that hold nothing yet: what a failed image keeps."""
+def unbuilt(spec: BuildSpec, count: int, omitted: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+    """The variables of `count` images that hold nothing yet, which is what a failed image keeps; none that are listed.
+
+    Those that are `omitted` are left out.
+    """
     lengths = sizes(spec)
     return {
         name: np.full((count, *(lengths[dim] for dim in variable.dims[1:])), variable.fill_value, variable.dtype)
-        for name, variable in variables(spec).items()
+        for name, variable in variables(spec, omitted).items()
         if name not in LISTED
     }
 
@@ -184,27 +184,6 @@ def parse_shard_file(file: str) -> tuple[str, int]:
     """The array and the shard that `shard_file` named a file for."""
     array, _, chunk = file.rpartition("/c/")
     return array, int(chunk.partition("/")[0])
-
-
-def ranking_name(score: str, block: int) -> str:
-    """The name of a ranking: ``positive-3``.
-
-    Raises
-    ------
-    UserError
-        Unknown score, or a block below 1 pixel.
-    """
-    check_choice("score", score, Score)
-    if block < 1:
-        raise UserError(f"block is {block}; it must be at least 1 pixel")
-    return f"{score}-{block}"
-
-
-def ranking_parts(name: str) -> tuple[str, int] | None:
-    """Score and block of a ranking, from the name that `ranking_name` gave it; None where it is not such a name."""
-    score, _, block = name.rpartition("-")
-    is_name = score in get_args(Score) and re.fullmatch("[1-9][0-9]{0,8}", block)
-    return (score, int(block)) if is_name else None
 
 
 def record_mistake(record: object, shard: int, files: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import block_grid
+from igstore.blocks import block_grid, ranking_parts
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.storage import layout
@@ -221,7 +221,7 @@ class RankingReader(Sharded):
     """
 
     def __init__(self, store: StoreReader, name: str) -> None:
-        parts = layout.ranking_parts(name)
+        parts = ranking_parts(name)
         if parts is None:
             raise StoreNotFoundError(f"{name!r} is not the name of a ranking; it must be like positive-3")
         self.score, self.block = parts
@@ -238,12 +238,20 @@ class RankingReader(Sharded):
         self.name = name
         self._store = store
 
-    def _current(self, shard: int, content: bytes | None) -> dict[str, Any] | None:
-        record, built = super()._current(shard, content), self._store.records.get(shard)
-        is_of_these_maps = (
-            record and built and record.get("attribution_sha256") == self._store.attribution_sha256(built)
-        )
-        return record if is_of_these_maps else None
+    @cached_property
+    def records(self) -> dict[int, dict[str, Any]]:
+        """As `Sharded.records`, of the maps that the store has."""
+        built = self._store.records
+        return {shard: record for shard, record in super().records.items() if self._is_of(record, built.get(shard))}
+
+    def record(self, shard: int) -> dict[str, Any] | None:
+        """As `Sharded.record`, of the maps that the store has now."""
+        record = super().record(shard)
+        return record if record and self._is_of(record, self._store.record(shard)) else None
+
+    def _is_of(self, record: dict[str, Any], built: dict[str, Any] | None) -> bool:
+        """Whether the ranks that `record` is of are those of the maps that `built` is of."""
+        return built is not None and record.get("attribution_sha256") == self._store.attribution_sha256(built)
 
 
 class StoreReader(Sharded):
@@ -325,6 +333,9 @@ class StoreReader(Sharded):
         )
         self._scalars: dict[str, NDArray[Any]] = {}
 
+    def __repr__(self) -> str:
+        return f"<StoreReader: {self.where}, {self.n_images} images, maps of {self.spec.model!r}>"
+
     @classmethod
     def of(cls, store: str | os.PathLike[str] | StoreReader) -> StoreReader:
         """A reader of what a user named by its path, its URL or a reader."""
@@ -346,10 +357,9 @@ class StoreReader(Sharded):
             variable = self.variables[name]
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
-            # lists are there since the store was made, whatever has become of the records of their shards
-            found_of = self.form.scalars(
-                name, variable, shards, shard_size=self.shard_size, recorded=lambda shard: self.records.get(shard)
-            )
+            # labels and ids are there before their shard is, so a shard without a record is no error here
+            recorded = self.records.get
+            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=recorded)
             for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]
@@ -391,7 +401,7 @@ class StoreReader(Sharded):
     @property
     def rankings(self) -> list[str]:
         """Names of the rankings that the store has, finished or not."""
-        return [name for name in self.form.rankings() if layout.ranking_parts(name)]
+        return [name for name in self.form.rankings() if ranking_parts(name)]
 
     def attribution_sha256(self, record: dict[str, Any]) -> str:
         """The checksum of the maps of the shard that `record` is of."""

@@ -1,7 +1,8 @@
 """Finished units of an unfinished shard, kept in files of their own until the shard is whole.
 
-A unit is a few consecutive images. Units are fixed by the settings, so that a build that was killed and goes on
+A unit is a few consecutive images. Units are fixed by the settings, so that a build that was killed and resumes
 computes the same batches as one that was not. A unit's file is there whole or not at all, and is not part of the store.
+It holds a checksum of each image's pixels instead of the pixels, which are read from the images again.
 The folder that holds them, beside the locks of `igstore.storage.presence`, is gone when nobody is at work any more.
 """
 
@@ -11,22 +12,25 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from igstore.blocks import ranking_parts
 from igstore.schema import BuildSpec
-from igstore.storage import layout
 from igstore.storage.files import PARTIAL, Folder, is_of_another_machine, temporaries
 
 Arrays = dict[str, NDArray[Any]]
 
 FOLDER = "staging"  # within the store's
 
+_CHECKSUMS = "pixels_crc32c"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 _ABANDONED_SECONDS = 3600  # an unfinished file that has not changed for so long is nobody's, whoever is at work
@@ -37,20 +41,37 @@ def _file(first: int) -> str:
 
 
 def save_unit(store: Folder, spec: BuildSpec, first: int, arrays: Arrays) -> None:
-    """Keep the arrays of the unit, made with `spec`, whose first image is number `first`."""
+    """Keep the arrays of the unit, made with `spec`, whose first image is number `first`; of pixels their checksums."""
+    kept = dict(arrays)
+    if "pixels" in kept:
+        kept[_CHECKSUMS] = _checksums(kept.pop("pixels"))
     content = BytesIO()
-    np.savez(content, allow_pickle=False, **arrays)
+    np.savez(content, allow_pickle=False, **kept)
     with suppress(FileNotFoundError):  # where there are no locks, somebody may have finished the store and swept
-        store.write(_file(first), content.getvalue(), _digest(spec, content.getvalue()))
+        store.write(_file(first), content.getbuffer(), _digest(spec, content.getbuffer()))
 
 
-def load_unit(store: Folder, spec: BuildSpec, first: int, count: int) -> Arrays | None:
+def load_unit(
+    store: Folder, spec: BuildSpec, first: int, count: int, read_pixels: Callable[[], NDArray[np.uint8]]
+) -> Arrays | None:
     """The arrays of the unit that starts at image `first`.
 
-    None unless it is there, as it was saved, of `count` images, and made with `spec`.
+    None unless it is there, as it was saved, of `count` images, and made with `spec`, and of the pixels that
+    `read_pixels` gives, which is called where the store holds pixels.
     """
     arrays = _read_unit(store, spec, _file(first))
-    return arrays if arrays is not None and all(len(values) == count for values in arrays.values()) else None
+    if arrays is None or any(len(values) != count for values in arrays.values()):
+        return None
+    if spec.pixels:
+        arrays["pixels"] = read_pixels()
+        if not np.array_equal(arrays.pop(_CHECKSUMS, ()), _checksums(arrays["pixels"])):
+            return None
+    return arrays
+
+
+def _checksums(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """The CRC-32C of each image's pixels, (image,)."""
+    return np.array([google_crc32c.value(image.tobytes()) for image in pixels], np.uint32)
 
 
 def kept_images(store: Folder, spec: BuildSpec) -> int:
@@ -63,15 +84,17 @@ def _read_unit(store: Folder, spec: BuildSpec, name: str) -> Arrays | None:
     stored = store.read(name)  # None where it is in a finished shard meanwhile
     if stored is None:
         return None
-    content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
+    content, digest = memoryview(stored)[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
     if _digest(spec, content) != digest:
         return None
     with np.load(BytesIO(content), allow_pickle=False) as loaded:
         return dict(loaded)
 
 
-def _digest(spec: BuildSpec, content: bytes) -> bytes:
-    return hashlib.sha256(json.dumps(spec.to_attributes()).encode() + content).digest()
+def _digest(spec: BuildSpec, content: memoryview) -> bytes:
+    digest = hashlib.sha256(json.dumps(spec.to_attributes()).encode())
+    digest.update(content)
+    return digest.digest()
 
 
 def discard_units(store: Folder, first: int, last: int) -> None:
@@ -100,7 +123,7 @@ def leftovers(store: Path) -> list[Path]:
 
 
 def _is_orphan(store: Path, ranking: str) -> bool:
-    return bool(layout.ranking_parts(ranking)) and not (store / "ranks" / ranking / "zarr.json").exists()
+    return bool(ranking_parts(ranking)) and not (store / "ranks" / ranking / "zarr.json").exists()
 
 
 def sweep(store: Folder, *, is_alone: bool, now: float) -> None:

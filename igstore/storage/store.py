@@ -24,7 +24,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from igstore.blocks import block_grid
+from igstore.blocks import block_grid, ranking_parts
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.schema import BLOCK_X, BLOCK_Y, IMAGE, BuildSpec, Compress
 from igstore.storage import files, layout
@@ -190,7 +190,7 @@ def contents(
     compress = attributes.get("compress")
     for group in (path / "ranks").glob(f"*/{_ROOT}"):
         name = group.parent.name
-        parts = layout.ranking_parts(name)
+        parts = ranking_parts(name)
         if parts:
             ranks = ranking_metadata(spec, len(image_ids), name, block=parts[1], attributes={}, compress=compress)
             wanted |= {name: content for name, content in ranks.items() if name.endswith(_RANK_ARRAYS)}
@@ -276,6 +276,13 @@ def check_there(folder: Folder, spec: BuildSpec, n_images: int) -> StoreReader:
     return store
 
 
+def _check_still_there(folder: Folder, store: StoreReader, root: bytes | None) -> None:
+    """As `check_there`, of a store whose metadata were `root`; where they still are, it is not opened again."""
+    check_in_place(folder)
+    if folder.read(_ROOT) != root:
+        check_there(folder, store.spec, store.n_images)
+
+
 def _opened(folder: Folder) -> StoreReader:
     check_in_place(folder)
     try:
@@ -294,7 +301,7 @@ def create_ranking(path: Path, name: str, *, block: int, attributes: Mapping[str
     path
         The store.
     name
-        As `layout.ranking_name` gives it.
+        As `igstore.blocks.ranking_name` gives it.
     block
         Side of a block in pixels.
     attributes
@@ -448,6 +455,7 @@ def _write_pieces(
                 f"shard {shard} of {name} is {values.dtype} {values.shape}; it must be {variable.dtype} {expected}: "
                 "only whole shards are written"
             )
+    root = folder.read(_ROOT)
     folder.remove(group.record_file(shard))  # from here to the end, the shard does not exist
     sums = {}
     for name, file in group.shard_files(shard).items():
@@ -460,7 +468,7 @@ def _write_pieces(
         if name not in layout.LISTED or not _holds(folder.path / file, bytes(pieces[0])):
             _write(folder, file, *pieces)
         sums[file] = files.checksum_of(pieces)
-    check_there(folder, store.spec, store.n_images)
+    _check_still_there(folder, store, root)
     content = files.sealed({"shard": shard, "images": [first, last], **record, "files": sums})
     folder.write_json(group.record_file(shard), content)
     return content

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "rank": "images ranked a second, and peak memory, up to a store of full size",
     "quadrature": "what a step buys: error against gradient evaluations, for every rule",
     "evaluate": "all cells of an evaluation against a bare loop of as many forward passes",
+    "gpu": "everything that a GPU is to be measured for, in parts, to one JSON file",
     "commands": "every command on 50,000 small images, and how it grows with them",
     "startup": "import time, start of `igstore info`, bytes an image, peak memory of a build",
 }

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.blocks import block_ranks, block_shares, block_sums, expand
-from igstore.masks import visible_blocks
+from igstore.masks import MaskOptions, visible_blocks
 
 Maps = NDArray[np.float32]
 
@@ -24,7 +24,7 @@ def mask_iou(maps: Maps, others: Maps) -> NDArray[np.float64]:
 def _masks(maps: Maps) -> NDArray[np.bool_]:
     scores = block_sums(maps)
     ranks = block_ranks(scores)
-    blocks = visible_blocks(ranks, block_shares(scores, ranks), p=50, keep="top")
+    blocks = visible_blocks(ranks, block_shares(scores, ranks), MaskOptions(p=50, keep="top"))
     _, height, width = maps.shape
     return expand(blocks, height, width)
 

@@ -76,7 +76,7 @@ def compare(
     )
     fitting = _pairs_that_fit(classifier, network, device)
     captum_batch = best_captum_batch(classifier, network, pixels, n_steps=n_steps, device=device, fitting=fitting)
-    attributor = Attributor(classifier, _spec(classifier, n_steps, precision), device=device, batch_size=batch_size)
+    attributor = Attributor(classifier, spec(classifier, n_steps, precision), device=device, batch_size=batch_size)
     contenders: dict[str, Callable[[Pixels], Maps]] = {
         "igstore": functools.partial(_maps, attributor),
         "captum": functools.partial(run_captum, batch_size=captum_batch),
@@ -130,7 +130,8 @@ def compare(
     }
 
 
-def _spec(classifier: Classifier, n_steps: int, precision: Precision) -> BuildSpec:
+def spec(classifier: Classifier, n_steps: int, precision: Precision) -> BuildSpec:
+    """The settings of a build that keeps no pixels."""
     return BuildSpec(
         model=classifier.name,
         weights=classifier.weights,
@@ -165,7 +166,8 @@ def _output_differences(network: nn.Module, pixels: Pixels, classifier: Classifi
 
 def _floor(classifier: Classifier, device: torch.device, precision: Precision, batch_size: int) -> Floor:
     image = torch.zeros(1, 3, *classifier.preprocessing.crop)
-    network = hoist_stem(accelerate(classifier.network, image), image)
+    accelerated = accelerate(classifier.network, image, own_convolutions=device.type == "cpu")
+    network = hoist_stem(accelerated, image)
     if isinstance(network, Hoisted):  # once an image is not once a step
         image, network = network.stem(image), network.body
     item_bytes = 2 if precision in ("float16", "mixed") else 4

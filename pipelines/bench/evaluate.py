@@ -22,17 +22,24 @@ from igstore.building.devices import find_device
 from igstore.engine.acceleration import accelerate
 from igstore.freed_memory import freed_memory_kept
 from igstore.models import Classifier, load_classifier
-from igstore.schema import BUILT
+from igstore.schema import BUILT, ForwardPrecision
 from igstore.storage.reader import StoreReader
 from pipelines.bench import machine, output, rounds
 
 _BATCH = {"cpu": 32, "cuda": 128}
 # the article's tables, and their control
-CELLS = {"p": (90, 70, 50, 30), "keep": ("top", "bottom"), "order": ("attribution", "random")}
+CELLS: dict[str, Any] = {"p": (90, 70, 50, 30), "keep": ("top", "bottom"), "order": ("attribution", "random")}
 
 
 def bare_loop(
-    classifier: Classifier, store: StoreReader, *, limit: int, n_passes: int, batch_size: int, device: torch.device
+    classifier: Classifier,
+    store: StoreReader,
+    *,
+    limit: int,
+    n_passes: int,
+    batch_size: int,
+    device: torch.device,
+    precision: ForwardPrecision,
 ) -> Callable[[], int]:
     """A function that shows the store's first `limit` images to the network `n_passes` times and counts the images.
 
@@ -41,14 +48,21 @@ def bare_loop(
     own = classifier.preprocessing
     first = np.isin(np.arange(store.n_images), np.flatnonzero(store.status == BUILT)[:limit])
     with numerics("float32", device):
-        network = accelerate(classifier.network, torch.zeros(1, 3, *own.crop, device=device))
+        probe = torch.zeros(1, 3, *own.crop, device=device)
+        network = accelerate(classifier.network, probe, own_convolutions=precision == "float32")
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    network.to(dtype)
     batches = [
-        batch.unmasked(own).contiguous(memory_format=torch.channels_last)
+        batch.unmasked(own).to(dtype, memory_format=torch.channels_last)
         for batch in MaskedBatches(store, [], networks=[own], where=first, device=device, batch_size=batch_size)
     ]
 
     def run() -> int:
-        with numerics("float32", device), torch.inference_mode(), freed_memory_kept():
+        with (
+            numerics("tf32" if precision == "tf32" else "float32", device),
+            torch.inference_mode(),
+            freed_memory_kept(),
+        ):
             for _ in range(n_passes):
                 for batch in batches:
                     network(batch)
@@ -64,6 +78,7 @@ def measure(
     *,
     limit: int,
     device: str,
+    precision: ForwardPrecision = "float32",
     batch_size: int | None = None,
     repeats: int,
     seconds: float,
@@ -73,11 +88,15 @@ def measure(
     size = _BATCH[on.type] if batch_size is None else batch_size
 
     def whole() -> int:
-        found = igstore.evaluate(store.root, models=[classifier], limit=limit, device=device, batch_size=size, **CELLS)
+        found = igstore.evaluate(
+            store.root, models=[classifier], limit=limit, device=device, batch_size=size, precision=precision, **CELLS
+        )
         return len(found.rows)
 
     n_cells = math.prod(map(len, CELLS.values()))
-    loop = bare_loop(classifier, store, limit=limit, n_passes=1 + n_cells, batch_size=size, device=on)
+    loop = bare_loop(
+        classifier, store, limit=limit, n_passes=1 + n_cells, batch_size=size, device=on, precision=precision
+    )
     timed = rounds.take_turns({"igstore": whole, "bare loop": loop}, repeats=repeats, seconds=seconds)
     n_forward = timed.results["bare loop"][0]
     return {
@@ -102,6 +121,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--batch-size", type=cli.positive, metavar="N", help="images at once; default: as evaluate does"
     )
+    parser.add_argument(
+        "--precision", default="float32", choices=cli.choices_of(ForwardPrecision), help="as igstore evaluate takes it"
+    )
     rounds.add_options(parser, seconds=150)
     options = parser.parse_args(argv)
     store = StoreReader(options.store)
@@ -112,6 +134,7 @@ def main(argv: Sequence[str]) -> int:
         store,
         limit=options.limit,
         device=options.device,
+        precision=options.precision,
         batch_size=options.batch_size,
         repeats=options.repeats,
         seconds=options.seconds,

@@ -68,9 +68,10 @@ def matrix_rate(device: torch.device, precision: Precision = "float32") -> float
     """Floating-point operations a second at the machine's best: of a large matrix product, or of convolutions.
 
     The library for matrix products is not the fastest one on every processor: on an AMD one the convolutions are ahead.
-    Of ``mixed`` it is that of float16.
+    Of ``mixed`` it is that of float16 on GPUs.
     """
-    dtype = torch.float16 if precision in ("float16", "mixed") else torch.float32
+    is_half = precision == "float16" or (precision == "mixed" and device.type == "cuda")
+    dtype = torch.float16 if is_half else torch.float32
     generator = torch.Generator().manual_seed(0)
     side = _SIDE[device.type]
     one, other = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))

@@ -44,12 +44,13 @@ def _text(value: Any) -> str:
 
 def say_result(result: Mapping[str, Any]) -> None:
     """Print a result as one line of JSON; what JSON has no word for (infinity, NaN) becomes null."""
-    cli.say("", json.dumps(_finite(result), allow_nan=False))
+    cli.say("", json.dumps(finite(result), allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with null for what JSON has no word for."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 from igstore import MaskedImageNet
 from igstore.batches import MaskedBatch, MaskedBatches
 from igstore.errors import UserError
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.schema import BUILT, Preprocessing
 from igstore.storage.reader import StoreReader
 from pipelines.bench import fixtures

@@ -19,7 +19,7 @@ from igstore.batches import MaskedBatches
 from igstore.blocks import block_ranks, block_shares, block_sums, rank_blocks
 from igstore.engine.acceleration import accelerate
 from igstore.engine.stem import hoist_stem
-from igstore.masking import MaskOptions
+from igstore.masks import MaskOptions
 from igstore.storage.reader import StoreReader
 
 N_IMAGES = 64

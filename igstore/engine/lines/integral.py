@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -64,7 +64,6 @@ class OnLines(nn.Module):
         self,
         sums: Tensor,
         f_x: Tensor,
-        images: Sequence[int],
         alphas: Floats,
         weights: Floats,
         start: Tensor,
@@ -73,18 +72,14 @@ class OnLines(nn.Module):
         select: Select,
         batch_size: int,
     ) -> None:
-        """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for i in `images`.
+        """``sums[i] += sum over h of weights[h] * df/dx(start[i] + alphas[h] difference[i])`` for each image i.
 
         Where the last alpha is 1, ``f_x[i]`` becomes the output there. Batches have whole images where they can.
         """
         m = len(alphas)
         batch_size = min(batch_size, self.most_points)
-        for some, part in _batches(images, m, batch_size):
-            layout = self._layout([(alphas[part], weights[part])] * len(some), sums.device)
-            # a slice needs no copy of indices to the device, which would wait for it
-            chosen: Any = slice(some[0], some[-1] + 1)
-            if list(some) != list(range(some[0], some[-1] + 1)):
-                chosen = torch.tensor(some, device=sums.device)
+        for chosen, part in _batches(len(sums), m, batch_size):
+            layout = self._layout([(alphas[part], weights[part])] * (chosen.stop - chosen.start), sums.device)
             found, outputs = self._integrate(layout, start[chosen], difference[chosen], targets[chosen], select)
             sums[chosen] += found
             if alphas[-1] == 1 and part.stop == m:
@@ -126,18 +121,18 @@ class OnLines(nn.Module):
         return found
 
 
-def _batches(images: Sequence[int], m: int, batch_size: int) -> Iterator[tuple[Sequence[int], slice]]:
-    """Some images, and which of their m points, for each batch; batches are as equal as can be."""
+def _batches(n_images: int, m: int, batch_size: int) -> Iterator[tuple[slice, slice]]:
+    """Which images, and which of their m points, each batch has; batches are as equal as can be."""
     if m <= batch_size:
-        count = -(-len(images) // (batch_size // m))
-        size = -(-len(images) // count)
-        for begin in range(0, len(images), size):
-            yield images[begin : begin + size], slice(0, m)
+        count = -(-n_images // (batch_size // m))
+        size = -(-n_images // count)
+        for begin in range(0, n_images, size):
+            yield slice(begin, min(begin + size, n_images)), slice(0, m)
         return
     size = -(-m // -(-m // batch_size))
-    for image in images:
+    for image in range(n_images):
         for begin in range(0, m, size):
-            yield [image], slice(begin, min(begin + size, m))
+            yield slice(image, image + 1), slice(begin, min(begin + size, m))
 
 
 def _operations(device: torch.device) -> Any:

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -333,3 +334,20 @@ def test_other_errors_of_the_runtime_are_not_hidden():
 
     with pytest.raises(RuntimeError, match="something else"):
         cli.run(command, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "5"}, None)],
+    ids=["nothing", "a policy", "a count"],
+)
+def test_threads_wait_without_taking_cores_unless_told_otherwise(monkeypatch, given, policy):
+    """It is set before a command's work begins, which is what imports torch."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that whatever is set is put back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    cli.run(lambda _: found.append(os.environ.get("OMP_WAIT_POLICY")) or cli.DONE, [])
+    assert found == [policy]

@@ -68,7 +68,7 @@ def build_store(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> StoreInfo:
-    """Attribute every image of a list with one model, into a store. The same call again goes on where it stopped.
+    """Attribute every image of a list with one model, into a store. After an interruption the same call resumes.
 
     Parameters
     ----------

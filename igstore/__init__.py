@@ -36,6 +36,7 @@ _HOMES = {
     "insertion_deletion": "curves",
     "integrated_gradients": "attribution",
     "keep_mask": "views",
+    "learn_rules": "calibrate",
     "load_classifier": "models",
     "make_report": "report",
     "masked_view": "views",

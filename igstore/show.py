@@ -19,7 +19,7 @@ from igstore import cli
 from igstore.blocks import block_sums, expand
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages
-from igstore.masks import MaskOptions, warn_of_fractions
+from igstore.masks import MaskOptions, options_of_each
 from igstore.names import as_seen
 from igstore.option_groups import add_options
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
@@ -111,14 +111,7 @@ def show_store(
     >>> picture.mode
     'RGB'
     """
-    every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
-    if not every_p:
-        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
-    cells = [
-        MaskOptions(p=one, select=select, score=score, block=block, fill=fill, order=order, seed=seed)
-        for one in every_p
-    ]
-    warn_of_fractions(*cells)
+    cells = options_of_each(p, select=select, score=score, block=block, fill=fill, order=order, seed=seed)
     source = MaskedImages(store, images)
     source.check(*cells)
     source.check_pixels()

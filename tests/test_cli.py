@@ -35,6 +35,9 @@ def place(tmp_path_factory) -> Path:
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "photographs" / f"{index}.png")
+    (folder / "many").mkdir()
+    for index in range(8):
+        shutil.copy(folder / "photographs" / f"{index % 2}.png", folder / "many" / f"{index}.png")
     (folder / "labels.csv").write_text("file,class_index\n0.png,1\n1.png,2\n")
     np.save(folder / "maps.npy", np.random.default_rng(2).normal(size=(2, 24, 24)).astype(np.float32))
     make_store(folder / "toy.zarr", 6, size=(24, 24))
@@ -60,6 +63,10 @@ def place(tmp_path_factory) -> Path:
 # For every command: arguments that make it finish in `place`, and a key of the JSON that it then prints.
 ARGUMENTS = {
     "build": (["--model", NETWORK, "--data", "photographs", "--crop", "24", "--n-steps", "2"], "n_built"),
+    "calibrate": (
+        ["--model", NETWORK, "--data", "many", "--crop", "24", "--n-steps", "2", "--images", "8"],
+        "rules",
+    ),
     "rank": (["toy.zarr", "--score", "absolute"], "ranked"),
     "evaluate": (["toy.zarr", "--models", NETWORK, "--p", "50"], "rows"),
     "report": (["found", "--out", "page.html"], "page"),

@@ -94,8 +94,8 @@ def build_store(
     target, output
         The class that is attributed, ``"prediction"`` or ``"label"``; and its ``"logit"`` or ``"probability"``.
     method, n_steps
-        The quadrature rule (see `igstore.quadrature`), and its gradient evaluations an image, 1 to 32767. ``learned:FILE``
-        is a rule of a file that `learn_rules` made, which holds rules for some numbers of steps.
+        The quadrature rule (see `igstore.quadrature`), and its gradient evaluations an image, 1 to 32767.
+        ``learned:FILE`` is a rule of a file that `learn_rules` made, which holds rules for some numbers of steps.
     precision
         Arithmetic of the gradients, as `integrated_gradients` has it.
     reduce

@@ -87,7 +87,8 @@ def insertion_deletion(
     seed
         Of the random order and of the noise.
     images
-        As `MaskedImageNet`, for stores without pixels.
+        Where the pixels are, for stores without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
     limit
         Only the first so many built images.
     device

@@ -109,12 +109,25 @@ def evaluate(
     weights
         As `load_classifier` takes them (None is a model's default), for the models given by name, or for the stores'
         own: one for each, or one for all.
-    p, keep, select, score, block, fill, order
-        As `MaskOptions`; several values make the cross product.
+    p
+        0 to 100: a percentage of the image's attribution, or of its blocks; see `select`. Of this and the
+        options down to `order`, several values make the cross product.
+    keep
+        ``"top"`` shows the blocks that hold the top p%, ``"bottom"`` all others.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    fill
+        What a hidden pixel becomes: ``"black"``, the model's ``"mean"`` colour, the ``"image_mean"``, a ``"blur"`` or
+        ``"noise"``.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
     seed
         Of the random order and of the noise.
     images
-        As `MaskedImageNet`, for stores without pixels.
+        Where the pixels are, for stores without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
     out
         Folder to write the results to, see `igstore.reporting.results_folder.write_report`.
     overwrite

@@ -84,8 +84,17 @@ def show_store(
         The ids of the images to show, in this order; None is four, evenly spread over those that are built.
     p
         One percentage or several, from left to right.
-    select, score, block, fill, order, seed
-        As `MaskOptions`.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    fill
+        What a hidden pixel becomes: ``"black"``, the model's ``"mean"`` colour, the ``"image_mean"``, a ``"blur"`` or
+        ``"noise"``.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
+    seed
+        Of the random order and of the noise.
     images
         Where the pixels are, for a store without; as `masked_view`.
 

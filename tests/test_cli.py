@@ -351,3 +351,18 @@ def test_threads_wait_without_taking_cores_unless_told_otherwise(monkeypatch, gi
     found = []
     cli.run(lambda _: found.append(os.environ.get("OMP_WAIT_POLICY")) or cli.DONE, [])
     assert found == [policy]
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("build", "--modl", "--model"),
+        ("build", "--n-step", "--n-steps"),
+        ("evaluate", "--model", "--models"),
+        ("export", "--formt=hdf5", "--format"),
+        ("rank", "--blok", "--block"),
+    ],
+)
+def test_a_misspelt_option_is_told_what_it_is_like(command, typed, meant, capsys):
+    assert main([command, typed, "x"]) == cli.MISUSED
+    assert f"did you mean {meant}?" in capsys.readouterr().err

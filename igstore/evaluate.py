@@ -5,7 +5,6 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections import Counter
@@ -236,7 +235,7 @@ def _classifiers(
     """For each store, the classifiers that its images are shown to."""
     from torch.nn import Module
 
-    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
+    from igstore.models import Classifier, as_shown, fitted, load_classifier, recorded_classifier
 
     if models is None:
         pairs = zip(stores, _one_each(weights, len(stores)), strict=True)
@@ -250,20 +249,11 @@ def _classifiers(
     def shown_to(store: StoreReader) -> list[Classifier]:
         named = iter(loaded)
         return [
-            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store) for model in given
+            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store.spec)
+            for model in given
         ]
 
     return list(map(shown_to, stores))
-
-
-def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classifier:
-    """A classifier as it is, and a network with the preprocessing of the store whose images it is shown."""
-    from igstore.models import Classifier, classifier_from_module
-
-    if isinstance(model, Classifier):
-        return model
-    prepared = dataclasses.replace(store.spec.preprocessing, resize=None)  # by the store
-    return classifier_from_module(model, preprocessing=prepared)
 
 
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:

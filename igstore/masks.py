@@ -352,6 +352,21 @@ class MaskOptions:
         return ", ".join(parts)
 
 
+def options_of_each(p: Any, **options: Any) -> list[MaskOptions]:
+    """The options for each p, which is one number or several; `options` are the other fields of `MaskOptions`.
+
+    Raises
+    ------
+    UserError
+        There is no p, or a value is not allowed.
+    """
+    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(np.asarray(p, dtype=object)).tolist()]
+    if not cells:
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
+    warn_of_fractions(*cells)
+    return cells
+
+
 def warn_of_fractions(*cells: MaskOptions) -> None:
     """Warn of a p below 1, which is rarely what was meant."""
     few = [f"{p:g}" for p in dict.fromkeys(cell.p for cell in cells) if 0 < p < 1]

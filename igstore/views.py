@@ -20,14 +20,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages
-from igstore.masks import MaskOptions, warn_of_fractions
+from igstore.masks import MaskOptions, options_of_each
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
 from igstore.storage.reader import StoreReader
-from igstore.wording import option
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -189,10 +187,7 @@ def _view(
     inner: Mapping[str, int],
     dtype: type[np.generic],
 ) -> xr.DataArray:
-    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
-    if not cells:
-        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
-    warn_of_fractions(*cells)
+    cells = options_of_each(p, **options)
     source.check(*cells)
     images, shape = source.built, tuple(inner.values())
     layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]

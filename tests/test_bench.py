@@ -685,3 +685,21 @@ def test_a_missing_peer_is_named(capsys, monkeypatch):
     monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=missing))
     assert command.main(["reader", "--store", "x"]) == 2
     assert "reader needs h5py: pip install 'igstore[bench]'" in capsys.readouterr().err
+
+
+# --- GPUs
+
+
+@pytest.mark.parametrize(
+    "parts", [["build", "resume"], pytest.param(["machine", "engine", "networks", "profile"], marks=pytest.mark.slow)]
+)
+def test_everything_for_gpus_can_be_rehearsed(parts, tmp_path):
+    found = tmp_path / "found.json"
+    options = ["--out", str(found), "--scratch", str(tmp_path / "scratch"), "--seconds", "900"]
+    assert command.main(["gpu", "--rehearse", *options, "--parts", *parts]) == 0
+    results = json.loads(found.read_text())
+    assert list(results) == parts
+    for name in parts:
+        assert results[name]["found"], results[name]
+    if "resume" in parts:
+        assert all(results["resume"]["found"][0]["identical"].values())

@@ -381,5 +381,6 @@ def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequenc
         image = int(different.argmax())
         raise ModelError(
             f"the network gives {first[image]:.4g} and then {second[image]:.4g} for image {image_ids[image]}: "
-            "something in its forward pass is random, so its maps would be too; switch that off"
+            "something in its forward pass is random, so its maps would be too; switch that off (where nothing is, the "
+            "network amplifies float32's rounding, and its maps would mean little)"
         )

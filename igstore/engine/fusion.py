@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
 from igstore.engine.activations import Clamp, ScaleAndShift
@@ -51,7 +50,7 @@ def fuse(network: nn.Module, images: Tensor) -> nn.Module:
         traced = fx.GraphModule(network, _Tracer().trace(network))
         _reshape_instead_of_view(traced)
         with torch.no_grad():
-            ShapeProp(traced).propagate(images.clone())
+            _Shapes(traced).run(images.clone())
     except Exception as error:  # what a network's code does with a stand-in for a tensor is anyone's guess
         logger.info("the network's graph cannot be had, so activations stay beside convolutions: %s", error)
         return network
@@ -84,6 +83,15 @@ class _Tracer(fx.Tracer):
         if _modes() != self._began_under:
             raise RuntimeError("part of its forward pass switches gradients or autocast")
         return super().create_node(*args, **kwargs)
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shapes of what a graph computes. (torch's own class for that prints a traceback where it fails.)"""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["shape"] = getattr(result, "shape", None)
+        return result
 
 
 def _modes() -> tuple[Any, ...]:
@@ -122,7 +130,7 @@ def _convolutions(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, Convolution
 
 
 def _shape(node: fx.Node) -> Any:
-    return getattr(node.meta.get("tensor_meta"), "shape", None)
+    return node.meta.get("shape")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -36,6 +36,7 @@ _HOMES = {
     "insertion_deletion": "curves",
     "integrated_gradients": "attribution",
     "keep_mask": "views",
+    "learn_rules": "calibrate",
     "load_classifier": "models",
     "make_report": "report",
     "masked_view": "views",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from igstore.attribution import integrated_gradients as integrated_gradients
     from igstore.batches import MaskedBatches as MaskedBatches
     from igstore.build import build_store as build_store
+    from igstore.calibrate import learn_rules as learn_rules
     from igstore.curves import insertion_deletion as insertion_deletion
     from igstore.dataset import MaskedImageNet as MaskedImageNet
     from igstore.errors import IgstoreError as IgstoreError

@@ -51,8 +51,11 @@ class MaskedBatches:
         How each network other than the store's own model wants its input. Where its `crop` is of another size than the
         store's, the unmasked pixels are resized to it (bilinear, antialiased) and then filled, and the mask is brought
         to it by nearest neighbour. Its `resize` and `interpolation` do not matter here.
-    images, where
-        As `MaskedImageNet`.
+    images
+        Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
+    where
+        bool (image,) over all images of the store: only these. Values that name their images may be in any order.
     device
         Where the tensors are to be.
     batch_size

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from igstore.compiled import kernels_allowed
 from igstore.errors import UserError
 from igstore.schema import Score, check_choice, whole_number
 
@@ -283,7 +284,8 @@ def rank_blocks(
     maps = np.asarray(maps)
     check_choice("score", score, SCORES)
     table = _fixed_point_table(SCORES[score])
-    if _ranking is not None and table is not None and _fits_fixed_point(maps, check_block(block)):
+    has_kernel = _ranking is not None and kernels_allowed()
+    if has_kernel and table is not None and _fits_fixed_point(maps, check_block(block)):
         ranked = _rank_in_fixed_point(maps, block, table)
         if ranked is not None:
             return ranked

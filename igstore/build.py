@@ -13,13 +13,13 @@ from igstore import cli
 from igstore.building.parts import Part
 from igstore.errors import UserError
 from igstore.info import StoreInfo, describe, next_command, store_info
+from igstore.learned_rules import METHOD_CHOICES
 from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
 from igstore.schema import (
     DEFAULT_METHOD,
     DEFAULT_PRECISION,
     Baseline,
     BuildSpec,
-    Method,
     Output,
     Precision,
     Preprocessing,
@@ -51,7 +51,7 @@ def build_store(
     baseline: Baseline = BuildSpec.baseline,
     target: Target = BuildSpec.target,
     output: Output = BuildSpec.output,
-    method: Method = DEFAULT_METHOD,
+    method: str = DEFAULT_METHOD,
     n_steps: int = BuildSpec.n_steps,
     precision: Precision = DEFAULT_PRECISION,
     reduce: Reduce = BuildSpec.reduce,
@@ -68,7 +68,7 @@ def build_store(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> StoreInfo:
-    """Attribute every image of a list with one model, into a store. The same call again goes on where it stopped.
+    """Attribute every image of a list with one model, into a store. After an interruption the same call resumes.
 
     Parameters
     ----------
@@ -88,8 +88,25 @@ def build_store(
         For a bare network the default is the size that all images have, and ``pixels / 255``.
     split, labels
         As `find_images` takes them; only with a path.
-    baseline, target, output, method, n_steps, precision, reduce, pixels, shard_size, seed
-        The settings of `BuildSpec`, which decide what the maps are.
+    baseline
+        The image where the path begins: ``"black"``, the model's ``"mean"`` colour, ``"white"``, a ``"blur"`` of the
+        image, or ``"noise"``.
+    target, output
+        The class that is attributed, ``"prediction"`` or ``"label"``; and its ``"logit"`` or ``"probability"``.
+    method, n_steps
+        The quadrature rule (see `igstore.quadrature`), and its gradient evaluations an image, 1 to 32767.
+        ``learned:FILE`` is a rule of a file that `learn_rules` made, which holds rules for some numbers of steps.
+    precision
+        Arithmetic of the gradients, as `integrated_gradients` has it.
+    reduce
+        How channels become one map: their ``"sum"``, the sum of the ``"positive"`` or of the ``"absolute"`` values, or
+        ``"none"``.
+    pixels
+        Keep the images' pixels in the store. A store with pixels redistributes the data set.
+    shard_size
+        Images in a file of each array.
+    seed
+        Of the noise baseline.
     limit
         Only the first so many images by id. A larger limit later extends the store; a smaller one leaves it as it is.
     device
@@ -208,7 +225,7 @@ def parser() -> cli.Parser:
     )
     how = parser.add_argument_group("Integrated Gradients")
     how.add_argument("--n-steps", type=cli.positive, metavar="M", help="gradient evaluations an image")
-    how.add_argument("--method", choices=cli.choices_of(Method), help="quadrature rule")
+    how.add_argument("--method", choices=METHOD_CHOICES, help="quadrature rule; FILE is what `igstore calibrate` made")
     add_options(how, "baseline", "target", "output", "reduce")
     how.add_argument(
         "--precision",

@@ -171,9 +171,20 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _leave_cores_to_others() -> None:
+    """Have torch's threads sleep while they wait for each other, unless the user has said how they wait.
+
+    By default they spin, which takes the cores from other work on the machine and from each other. On a machine without
+    other work both are as fast. OpenMP asks for this once, when torch is imported.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run a command's `main` and turn what it raises into a message on stderr and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="igstore: %(message)s", stream=sys.stderr)
+    _leave_cores_to_others()
     try:
         with _terminable(), command_line():
             return command(sys.argv[1:] if argv is None else argv)

@@ -9,6 +9,7 @@ SECTIONS = {
     "make a store": {
         "build": "attribute images with Integrated Gradients, into a store",
         "import": "make a store of maps that were made elsewhere",
+        "calibrate": "fit quadrature rules to a network, for as good maps from fewer gradients",
         "rank": "rank the blocks of a store's maps",
     },
     "measure with it": {

@@ -19,7 +19,6 @@ import xarray as xr
 from igstore import cli
 from igstore.blocks import block_grid
 from igstore.errors import StoreExistsError, UserError
-from igstore.evaluate import as_shown
 from igstore.masking import MaskedImages
 from igstore.masks import MaskOptions
 from igstore.option_groups import add_options
@@ -88,7 +87,8 @@ def insertion_deletion(
     seed
         Of the random order and of the noise.
     images
-        As `MaskedImageNet`, for stores without pixels.
+        Where the pixels are, for stores without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
     limit
         Only the first so many built images.
     device
@@ -191,7 +191,7 @@ def _classifier(
 ) -> Classifier:
     from torch.nn import Module
 
-    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
+    from igstore.models import Classifier, as_shown, fitted, load_classifier, recorded_classifier
 
     if model is None:
         return recorded_classifier(store.spec, store.where, parameter="model", weights=weights)
@@ -201,7 +201,7 @@ def _classifier(
         raise UserError(f"model is a {type(model).__name__}; it must be a name, a Classifier or a network")
     if weights is not None:
         raise UserError(f"{option('weights')} goes with a model given by name; a network brings its own")
-    return as_shown(model, store)
+    return as_shown(model, store.spec)
 
 
 # --- What is made of them

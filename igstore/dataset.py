@@ -35,8 +35,21 @@ class MaskedImageNet(Dataset[tuple[Any, ...]]):
     ----------
     store
         Path or URL of a store, or a `StoreReader`.
-    p, keep, select, score, block, fill, order, seed
-        As `igstore.masks.MaskOptions`.
+    p
+        0 to 100: a percentage of the image's attribution, or of its blocks; see `select`.
+    keep
+        ``"top"`` shows the blocks that hold the top p%, ``"bottom"`` all others.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    fill
+        What a hidden pixel becomes: ``"black"``, the model's ``"mean"`` colour, the ``"image_mean"``, a ``"blur"`` or
+        ``"noise"``.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
+    seed
+        Of the random order and of the noise.
     images
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.

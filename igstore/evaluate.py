@@ -5,7 +5,6 @@ torch is imported when the work begins, so that wrong options and ``--help`` do 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections import Counter
@@ -110,12 +109,25 @@ def evaluate(
     weights
         As `load_classifier` takes them (None is a model's default), for the models given by name, or for the stores'
         own: one for each, or one for all.
-    p, keep, select, score, block, fill, order
-        As `MaskOptions`; several values make the cross product.
+    p
+        0 to 100: a percentage of the image's attribution, or of its blocks; see `select`. Of this and the
+        options down to `order`, several values make the cross product.
+    keep
+        ``"top"`` shows the blocks that hold the top p%, ``"bottom"`` all others.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    fill
+        What a hidden pixel becomes: ``"black"``, the model's ``"mean"`` colour, the ``"image_mean"``, a ``"blur"`` or
+        ``"noise"``.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
     seed
         Of the random order and of the noise.
     images
-        As `MaskedImageNet`, for stores without pixels.
+        Where the pixels are, for stores without: the path of the images or of a store that has their pixels, an
+        `ImageList`, or a `StoreReader`.
     out
         Folder to write the results to, see `igstore.reporting.results_folder.write_report`.
     overwrite
@@ -236,7 +248,7 @@ def _classifiers(
     """For each store, the classifiers that its images are shown to."""
     from torch.nn import Module
 
-    from igstore.models import Classifier, fitted, load_classifier, recorded_classifier
+    from igstore.models import Classifier, as_shown, fitted, load_classifier, recorded_classifier
 
     if models is None:
         pairs = zip(stores, _one_each(weights, len(stores)), strict=True)
@@ -250,20 +262,11 @@ def _classifiers(
     def shown_to(store: StoreReader) -> list[Classifier]:
         named = iter(loaded)
         return [
-            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store) for model in given
+            fitted(next(named), store.spec) if isinstance(model, str) else as_shown(model, store.spec)
+            for model in given
         ]
 
     return list(map(shown_to, stores))
-
-
-def as_shown(model: Classifier | torch.nn.Module, store: StoreReader) -> Classifier:
-    """A classifier as it is, and a network with the preprocessing of the store whose images it is shown."""
-    from igstore.models import Classifier, classifier_from_module
-
-    if isinstance(model, Classifier):
-        return model
-    prepared = dataclasses.replace(store.spec.preprocessing, resize=None)  # by the store
-    return classifier_from_module(model, preprocessing=prepared)
 
 
 def _one_each(weights: str | Sequence[str | None] | None, n_models: int) -> Sequence[str | None]:

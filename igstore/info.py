@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.schema import BUILT, IMPORTED, UNKNOWN_LABEL, names_code
+from igstore.schema import BUILT, IMPORTED, LEARNED, UNKNOWN_LABEL, names_code
 from igstore.storage.files import Folder
 from igstore.storage.reader import StoreReader
 from igstore.storage.sources import LocalFiles
@@ -177,6 +177,9 @@ def describe(info: StoreInfo) -> list[str]:
     if settings["max_error"] is not None:  # of a store that an earlier version built
         steps += f", doubled up to {settings['max_steps']} while the completeness error exceeds {settings['max_error']}"
     made = f"{settings['method']}, {steps}"
+    if settings["method"] == LEARNED:
+        rule = settings["learned_rule"]
+        made = f"{made}, fitted to {rule['n_images']} images and {rule['model']} (IoU {rule['iou']:.3f})"
     if settings["method"] == IMPORTED:
         made = f"imported, made by {settings['maps_by']} (sha256 {settings['maps_sha256'][:12]})"
     lines = [

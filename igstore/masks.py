@@ -26,7 +26,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import DEFAULT_BLOCK, check_block, rank_dtype, ranking_name
+from igstore.blocks import (
+    DEFAULT_BLOCK,
+    block_ranks,
+    block_shares,
+    block_sums,
+    check_block,
+    rank_dtype,
+    ranking_name,
+)
 from igstore.errors import UserError
 from igstore.schema import Fill, Keep, Order, Score, Select, check_choice, whole_number
 from igstore.wording import option
@@ -75,6 +83,26 @@ def count(rank: Ranks, share: Shares, p: float) -> Bools:
 # The top set, from the ranks and shares (image, block_y, block_x) of some images and p. A new selection is a function
 # here that looks at each image by itself, gives only sets that start at rank 0, and grows with p.
 SELECTIONS: dict[str, Callable[[Ranks, Shares, float], Bools]] = {"mass": mass, "count": count}
+
+
+def mask_overlaps(maps: NDArray[Any], others: NDArray[Any], p: float = 50) -> NDArray[np.float64]:
+    """Intersection over union of the top sets of two maps of each image, by mass: how far the maps make the same masks.
+
+    Parameters
+    ----------
+    maps, others
+        Floating-point maps of the same images, as `igstore.blocks.block_sums` takes them.
+    p
+        0 to 100, a percentage of the image's total score.
+
+    Returns
+    -------
+    float64 (image,), 1 where both sets are empty.
+    """
+    scores = [block_sums(each) for each in (maps, others)]
+    top = [mass(ranks := block_ranks(each), block_shares(each, ranks), p) for each in scores]
+    both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
 def random_ranks(image_ids: Sequence[str], grid: tuple[int, int], seed: int = 0) -> Ranks:
@@ -322,6 +350,21 @@ class MaskOptions:
         if self.order == "random" or self.fill == "noise":
             parts.append(f"seed {self.seed}")
         return ", ".join(parts)
+
+
+def options_of_each(p: Any, **options: Any) -> list[MaskOptions]:
+    """The options for each p, which is one number or several; `options` are the other fields of `MaskOptions`.
+
+    Raises
+    ------
+    UserError
+        There is no p, or a value is not allowed.
+    """
+    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(np.asarray(p, dtype=object)).tolist()]
+    if not cells:
+        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
+    warn_of_fractions(*cells)
+    return cells
 
 
 def warn_of_fractions(*cells: MaskOptions) -> None:

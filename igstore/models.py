@@ -207,6 +207,14 @@ def fitted(classifier: Classifier, spec: BuildSpec) -> Classifier:
     return dataclasses.replace(classifier, preprocessing=spec.preprocessing) if is_own else classifier
 
 
+def as_shown(model: Classifier | nn.Module, spec: BuildSpec) -> Classifier:
+    """A classifier as it is, and a network with the preprocessing of the store whose images it is shown."""
+    if isinstance(model, Classifier):
+        return model
+    prepared = dataclasses.replace(spec.preprocessing, resize=None)  # by the store
+    return classifier_from_module(model, preprocessing=prepared)
+
+
 @fresh_torch()
 def classifier_from_module(
     network: nn.Module, *, preprocessing: Preprocessing, name: str | None = None, weights: str | None = None

@@ -61,7 +61,7 @@ def rank_store(
 ) -> RankingSummary:
     """Rank the blocks of every image of a store's finished shards, into the group ``ranks/<score>-<block>``.
 
-    Each shard is one dask task, and is kept as soon as it is finished, so the same call again goes on where it stopped.
+    Each shard is one dask task, and is kept as soon as it is finished, so the same call resumes after an interruption.
     Shards that are not built are left out; once they are, the same call ranks them. Shards that were built again since
     they were ranked are ranked again. A failed image, whose map is all zero, has its blocks in order and shares of 1.
     A map's `scale` is positive, so it changes neither ranks nor shares and is not read.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import math
 import os
 import re
@@ -22,9 +25,16 @@ IMAGE, CHANNEL, Y, X = "image", "channel", "y", "x"
 BLOCK_Y, BLOCK_X = "block_y", "block_x"
 
 Method = Literal[
-    "riemann_right", "riemann_left", "riemann_middle", "riemann_trapezoid", "gausslegendre", "quadratic_midpoint"
+    "riemann_right",
+    "riemann_left",
+    "riemann_middle",
+    "riemann_trapezoid",
+    "gausslegendre",
+    "quadratic_midpoint",
+    "logarithmic_midpoint",
 ]
 IMPORTED = "imported"  # the method of maps that were made elsewhere
+LEARNED = "learned"  # the method of maps whose rule was fitted to gradients of other images
 DEFAULT_METHOD: Method = "riemann_right"
 Baseline = Literal["black", "mean", "white", "blur", "noise"]
 Target = Literal["prediction", "label"]
@@ -56,7 +66,10 @@ _LARGEST = 2.0**100
 _MOST_PIXELS = 1 << 26
 _MOST_IMAGES_A_SHARD = 1 << 20
 
-_OF_IMPORTED = ("maps_by", "maps_sha256")
+_WEIGHTS_ERROR = 1e-9  # by which the weights of a rule may miss 1: far above rounding
+
+# Settings that a store's attributes have only where they say something.
+_OPTIONAL = ("maps_by", "maps_sha256", "learned_rule")
 
 
 _CODE = re.compile(r"[^\W\d][\w.]*:\w+")
@@ -178,7 +191,98 @@ def _several(values: Any) -> list[Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+@dataclass(frozen=True)
+class LearnedRule:
+    """A quadrature rule whose nodes and weights were fitted to the gradients of some images, and what those were.
+
+    Parameters
+    ----------
+    nodes
+        Where the gradient is evaluated: in [0, 1], ascending.
+    weights
+        One a node; they add up to 1.
+    model, model_weights, model_weights_sha256
+        The classifier whose gradients they were, as `Classifier` names it.
+    baseline, target, output
+        As `BuildSpec` has them.
+    n_images
+        How many images there were, at least 1.
+    images_fingerprint
+        sha256 of the list that the images were chosen from.
+    iou, iou_error
+        Intersection over union of the p=50 masks with those of a much finer rule: the mean over the images, each
+        masked by a rule that was fitted to others, and its standard error.
+
+    Raises
+    ------
+    UserError
+        A value is not allowed.
+
+    >>> fitted_on = ("toy", "own", "0" * 64, "black", "prediction", "logit", 8, "f" * 64)
+    >>> rule = LearnedRule((0.2, 0.7), (0.4, 0.6), *fitted_on, iou=0.8, iou_error=0.1)
+    >>> LearnedRule.from_json(rule.to_json()) == rule
+    True
+    """
+
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+    model: str
+    model_weights: str
+    model_weights_sha256: str
+    baseline: Baseline
+    target: Target
+    output: Output
+    n_images: int
+    images_fingerprint: str
+    iou: float
+    iou_error: float
+
+    def __post_init__(self) -> None:
+        nodes, weights = _several(self.nodes), _several(self.weights)
+        if not 1 <= len(nodes) <= MOST_STEPS or len(weights) != len(nodes) or not all(map(_is_finite, nodes + weights)):
+            raise UserError(f"a learned rule has {len(nodes)} nodes and {len(weights)} weights; it must have as many")
+        if nodes[0] < 0 or nodes[-1] > 1 or any(a >= b for a, b in itertools.pairwise(nodes)):
+            raise UserError("the nodes of a learned rule must lie between 0 and 1, each above the one before")
+        if abs(sum(weights) - 1) > _WEIGHTS_ERROR:
+            raise UserError(f"the weights of a learned rule add up to {sum(weights):.6g}; it must be 1")
+        for field in ("model", "model_weights", "model_weights_sha256", "images_fingerprint"):
+            if not isinstance(getattr(self, field), str):
+                raise UserError(f"{field} of a learned rule is {getattr(self, field)!r:.80}; it must be a string")
+        for field, choices in (("baseline", Baseline), ("target", Target), ("output", Output)):
+            check_choice(field, getattr(self, field), choices)
+        for field in ("iou", "iou_error"):
+            if not _is_finite(getattr(self, field)) or not 0 <= getattr(self, field) <= 1:
+                raise UserError(f"{field} of a learned rule is {getattr(self, field)!r:.80}; it must be from 0 to 1")
+            object.__setattr__(self, field, float(getattr(self, field)))
+        object.__setattr__(self, "n_images", whole_number("n_images", self.n_images, 1))
+        object.__setattr__(self, "nodes", tuple(map(float, nodes)))
+        object.__setattr__(self, "weights", tuple(map(float, weights)))
+
+    @property
+    def name(self) -> str:
+        """What tells this rule from others in a few words."""
+        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return f"{LEARNED} on {self.model} ({digest[:8]})"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as a JSON object."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> LearnedRule:
+        """What `to_json` wrote; raise `UserError` unless it is that."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(document, dict) or document.keys() != names:
+            raise UserError(f"a learned rule must be a JSON object of {', '.join(sorted(names))}")
+        return cls(**document)
 
 
 @dataclass(frozen=True)
@@ -218,6 +322,8 @@ class BuildSpec:
         Of the noise baseline, at least 0.
     maps_by, maps_sha256
         What made maps that were imported, and their checksum.
+    learned_rule
+        The rule itself, where the method is ``learned``.
     format_version
         Of the store's layout.
 
@@ -240,7 +346,7 @@ class BuildSpec:
     baseline: Baseline = "black"
     target: Target = "prediction"
     output: Output = "logit"
-    method: Literal[Method, "imported"] = DEFAULT_METHOD
+    method: Literal[Method, "imported", "learned"] = DEFAULT_METHOD
     n_steps: int = 50  # 0 for imported maps
     max_error: float | None = None
     max_steps: int | None = None
@@ -251,6 +357,7 @@ class BuildSpec:
     seed: int = 0
     maps_by: str | None = None  # of imported maps: what made them, in its maker's words
     maps_sha256: str | None = None  # of imported maps: their values, in the order of the images
+    learned_rule: LearnedRule | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -262,7 +369,9 @@ class BuildSpec:
             ("reduce", Reduce),
         ):
             check_choice(field, getattr(self, field), choices)
-        check_choice("method", self.method, (*get_args(Method), IMPORTED))
+        check_choice("method", self.method, (*get_args(Method), IMPORTED, LEARNED))
+        if (self.method == LEARNED) != (self.learned_rule is not None):
+            raise UserError(f"a learned rule goes with method {LEARNED}; method is {self.method}")
         is_imported = self.method == IMPORTED
         if is_imported and (self.n_steps or not self.maps_by or not self.maps_sha256):
             raise UserError("imported maps have n_steps 0, and maps_by and maps_sha256 say what they are")
@@ -277,6 +386,10 @@ class BuildSpec:
             object.__setattr__(self, field, whole_number(field, getattr(self, field), least, most))
         if not isinstance(self.pixels, bool):
             raise UserError(f"{option('pixels')} is {self.pixels!r:.80}; it must be True or False")
+        if self.learned_rule is not None and len(self.learned_rule.nodes) != self.n_steps:
+            raise UserError(
+                f"{option('n_steps')} is {self.n_steps}, and the learned rule has {len(self.learned_rule.nodes)} nodes"
+            )
         if (self.max_error is None) != (self.max_steps is None):
             raise UserError("max_error and max_steps are recorded together, or neither is")
         if self.max_steps is not None:
@@ -285,21 +398,32 @@ class BuildSpec:
             whole_number("max_steps", self.max_steps, self.n_steps, MOST_STEPS)
 
     @property
+    def quadrature(self) -> Any:
+        """The rule, as `igstore.quadrature.rule` takes it."""
+        return self.learned_rule or self.method
+
+    @property
+    def rule_name(self) -> str:
+        """The rule in a few words, which differ from those of any other rule."""
+        return self.learned_rule.name if self.learned_rule else self.method
+
+    @property
     def made_by(self) -> str:
         """What made the maps, in words."""
-        return self.maps_by or f"Integrated Gradients by {self.method}, {self.n_steps} steps"
+        return self.maps_by or f"Integrated Gradients by {self.rule_name}, {self.n_steps} steps"
 
     def to_attributes(self) -> dict[str, Any]:
         """The spec as JSON-ready attributes of a store's root group, preprocessing flattened into them.
 
-        What is said of imported maps alone is left out of other stores'.
+        Fields of imported maps and of learned rules are left out of other stores.
         """
         flat = dataclasses.asdict(self)
+        flat["learned_rule"] = self.learned_rule and self.learned_rule.to_json()
         flat.update(flat.pop("preprocessing"))
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in flat.items()
-            if value is not None or name not in _OF_IMPORTED
+            if value is not None or name not in _OPTIONAL
         }
 
     @classmethod
@@ -324,13 +448,15 @@ class BuildSpec:
         types = get_type_hints(cls) | get_type_hints(Preprocessing)
         parts = [field.name for field in dataclasses.fields(Preprocessing)]
         own = [field.name for field in dataclasses.fields(cls) if field.name != "preprocessing"]
-        own = [name for name in own if name in attributes or name not in _OF_IMPORTED]
+        own = [name for name in own if name in attributes or name not in _OPTIONAL]
         missing = [name for name in [*own, *parts] if name not in attributes]
         if missing:
             raise SettingsMismatchError(
                 f"the store's attributes lack {', '.join(missing)}: not a store made by igstore"
             )
         try:
+            if isinstance(attributes.get("learned_rule"), dict):
+                attributes = {**attributes, "learned_rule": LearnedRule.from_json(attributes["learned_rule"])}
             for name in [*own, *parts]:
                 if not _is_a(attributes[name], types[name]):
                     raise UserError(f"{name} is {attributes[name]!r:.80}")

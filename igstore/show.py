@@ -19,7 +19,7 @@ from igstore import cli
 from igstore.blocks import block_sums, expand
 from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages
-from igstore.masks import MaskOptions, warn_of_fractions
+from igstore.masks import MaskOptions, options_of_each
 from igstore.names import as_seen
 from igstore.option_groups import add_options
 from igstore.schema import BUILT, Fill, Keep, Order, Score, Select
@@ -34,7 +34,7 @@ _KEEPS: tuple[Keep, Keep] = ("top", "bottom")  # one row of panels each
 
 # Okabe and Ito's vermillion and blue, which colour-blind readers tell apart too
 FOR_TARGET, AGAINST_TARGET = (213, 94, 0), (0, 114, 178)
-_FULL_COLOUR = 0.98  # this quantile of an image's absolute values and all above it get the full colour
+_FULL_COLOUR = 0.99  # the quantile of an image's absolute values from which the colour is full; the viewer has the same
 
 # pixels of the picture
 _PANEL = 200  # panels are at least so wide and high: small images are enlarged by a whole number
@@ -84,8 +84,17 @@ def show_store(
         The ids of the images to show, in this order; None is four, evenly spread over those that are built.
     p
         One percentage or several, from left to right.
-    select, score, block, fill, order, seed
-        As `MaskOptions`.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    fill
+        What a hidden pixel becomes: ``"black"``, the model's ``"mean"`` colour, the ``"image_mean"``, a ``"blur"`` or
+        ``"noise"``.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
+    seed
+        Of the random order and of the noise.
     images
         Where the pixels are, for a store without; as `masked_view`.
 
@@ -102,14 +111,7 @@ def show_store(
     >>> picture.mode
     'RGB'
     """
-    every_p = np.atleast_1d(np.asarray(p, dtype=object)).tolist()
-    if not every_p:
-        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
-    cells = [
-        MaskOptions(p=one, select=select, score=score, block=block, fill=fill, order=order, seed=seed)
-        for one in every_p
-    ]
-    warn_of_fractions(*cells)
+    cells = options_of_each(p, select=select, score=score, block=block, fill=fill, order=order, seed=seed)
     source = MaskedImages(store, images)
     source.check(*cells)
     source.check_pixels()
@@ -168,7 +170,7 @@ def heat_map(attribution: NDArray[np.floating[Any]], block: int = 1) -> Rgb:
 
     Returns
     -------
-    uint8 (y, x, 3): white at 0, and from the 98th percentile of the absolute values the full colour.
+    uint8 (y, x, 3): white at 0, and from the 99th percentile of the absolute values the full colour.
     """
     sums = block_sums(attribution[np.newaxis], block, "signed")[0]  # (block_y, block_x)
     strength = np.abs(sums)

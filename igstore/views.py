@@ -20,14 +20,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from igstore.errors import UserError
 from igstore.masking import Images, MaskedImages
-from igstore.masks import MaskOptions, warn_of_fractions
+from igstore.masks import MaskOptions, options_of_each
 from igstore.schema import BUILT, CHANNEL, IMAGE, UNKNOWN_LABEL, Fill, Keep, Order, Score, Select, X, Y
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray
 from igstore.storage.reader import StoreReader
-from igstore.wording import option
 
 Store = str | os.PathLike[str] | StoreReader
 P = float | Sequence[float]
@@ -111,8 +109,22 @@ def masked_view(
     ----------
     store
         Its path or URL, or a `StoreReader`.
-    p, keep, select, score, block, fill, order, seed
-        As `MaskOptions`. Several values of p become a leading dimension ``p``.
+    p
+        0 to 100: a percentage of the image's attribution, or of its blocks; see `select`. Several values
+        become a leading dimension ``p``.
+    keep
+        ``"top"`` shows the blocks that hold the top p%, ``"bottom"`` all others.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    fill
+        What a hidden pixel becomes: ``"black"``, the model's ``"mean"`` colour, the ``"image_mean"``, a ``"blur"`` or
+        ``"noise"``.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
+    seed
+        Of the random order and of the noise.
     images
         Where the pixels are, for a store without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.
@@ -158,8 +170,21 @@ def keep_mask(
 
     Parameters
     ----------
-    store, p, keep, select, score, block, order, seed
-        As `masked_view`.
+    store
+        Its path or URL, or a `StoreReader`.
+    p
+        0 to 100: a percentage of the image's attribution, or of its blocks; see `select`. Several values
+        become a leading dimension ``p``.
+    keep
+        ``"top"`` shows the blocks that hold the top p%, ``"bottom"`` all others.
+    select
+        What p is a percentage of: ``"mass"``, the image's total score, or ``"count"``, its blocks.
+    score, block
+        The ranking: the score of a block (``"positive"``, ``"absolute"`` or ``"signed"``), and its side in pixels.
+    order
+        ``"attribution"``, or the control ``"random"``: as many blocks, chosen at random.
+    seed
+        Of the random order.
 
     Returns
     -------
@@ -189,10 +214,7 @@ def _view(
     inner: Mapping[str, int],
     dtype: type[np.generic],
 ) -> xr.DataArray:
-    cells = [MaskOptions(p=one, **options) for one in np.atleast_1d(p).tolist()]
-    if not cells:
-        raise UserError(f"{option('p')} is empty; give a number from 0 to 100, or several")
-    warn_of_fractions(*cells)
+    cells = options_of_each(p, **options)
     source.check(*cells)
     images, shape = source.built, tuple(inner.values())
     layers = [_Lazy(partial(read, source, options=cell), images, shape, np.dtype(dtype)) for cell in cells]

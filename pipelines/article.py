@@ -1,8 +1,11 @@
 """The article's study: four models on masked ImageNet, their accuracies beside the published ones.
 
-Each model is attributed and shown its own masked images. Then the experiment as the article seems to have done it:
-masks by DenseNet-121 alone, from a noise baseline, shown to all four. Run the same command again after any
-interruption: stores go on where they stopped, and evaluations that are complete are not done again.
+The article: Sean Saito, "What happens when we mask out the 'unimportant' parts of an image?", 2019,
+https://seansaito.github.io/2019/12/03/masked-accuracy
+
+The study is done twice: by the article's formula, which is igstore's default (`plain`), and with the settings that the
+article's code has (`article`). Each time every model is shown its own masked images, and all are shown DenseNet-121's.
+If it is interrupted, run the same command again: stores resume, and complete evaluations are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from igstore.masks import MaskOptions
 from igstore.reporting.results import Row, settings_sha256
 from igstore.reporting.results_folder import read_rows
 from igstore.reporting.tables import Table, article_tables, images_of, kinds, percent
-from igstore.schema import BUILT, UNKNOWN_LABEL, Baseline, Keep
+from igstore.schema import BUILT, UNKNOWN_LABEL, BuildSpec, Keep
 from igstore.storage import files
 from igstore.storage.reader import StoreReader
 
@@ -36,6 +39,18 @@ CELLS = [MaskOptions(p=p, keep=keep) for keep, p in product(get_args(Keep), P)]
 
 SHARED_MASKS = "densenet121"  # whose masks the article showed to all
 ARTICLE_WEIGHTS = "IMAGENET1K_V1"
+
+# What `build_store` is given besides a model and images
+SETTINGS: dict[str, dict[str, str]] = {
+    "plain": {},
+    "article": {"baseline": "noise", "output": "probability", "method": "riemann_left", "reduce": "positive"},
+}
+TITLES = {"plain": "The article's formula", "article": "The settings of the article's code"}
+
+CITATION = (
+    'The article: Sean Saito, What happens when we mask out the "unimportant" parts of an image?, 2019, '
+    "https://seansaito.github.io/2019/12/03/masked-accuracy"
+)
 
 # model: top-1 in percent unmasked, and at each p of P
 ARTICLE: dict[Keep, dict[str, tuple[float, ...]]] = {
@@ -66,6 +81,8 @@ class Study:
         Folder for the stores, the evaluations and the tables.
     models
         By name, as `igstore.load_classifier` takes it, the weights that it takes with it.
+    settings
+        Names in `SETTINGS`.
     n_steps, limit, device
         As `igstore.build_store` takes them; of a store that has more images, the first `limit` are evaluated.
     """
@@ -73,38 +90,59 @@ class Study:
     data: str
     out: Path
     models: dict[str, str | None]
+    settings: Sequence[str]
     n_steps: int
     limit: int | None
     device: str
 
 
-def run(study: Study) -> tuple[list[Row], list[Row], list[StoreInfo]]:
-    """Build, rank and evaluate what is not done yet.
+@dataclass(frozen=True)
+class Found:
+    """What a study finds with one of `SETTINGS`.
 
-    Returns
-    -------
-    The rows of each model under its own masks, the rows of all models under the shared masks, and the stores.
+    Attributes
+    ----------
+    own, shared
+        The rows of each model under its own masks, and, where there are several models, of all under the shared masks.
+    stores
+        Of each model.
     """
+
+    own: list[Row]
+    shared: list[Row]
+    stores: list[StoreInfo]
+
+
+def run(study: Study) -> dict[str, Found]:
+    """Build, rank and evaluate what is not done yet; the results by the name of their settings."""
     images = find_images(study.data)
-    infos = {model: _build(study, images, model, "black") for model in study.models}
-    shared = _build(study, images, SHARED_MASKS if SHARED_MASKS in infos else list(infos)[-1], "noise")
-    sha256s = {model: str(info.settings["weights_sha256"]) for model, info in infos.items()}
-    own = [row for model, info in infos.items() for row in _evaluate(study, Path(info.path), {model: sha256s[model]})]
-    return own, _evaluate(study, Path(shared.path), sha256s), [*infos.values(), shared]
+    return {settings: _run(study, images, settings) for settings in study.settings}
 
 
-def _build(study: Study, images: ImageList, model: str, baseline: Baseline) -> StoreInfo:
+def _run(study: Study, images: ImageList, settings: str) -> Found:
+    stores = {model: _build(study, images, model, settings) for model in study.models}
+    sha256s = {model: str(info.settings["weights_sha256"]) for model, info in stores.items()}
+    shared = SHARED_MASKS if SHARED_MASKS in stores else list(stores)[-1]
+    rows = {
+        model: _evaluate(study, Path(info.path), sha256s if model == shared else {model: sha256s[model]})
+        for model, info in stores.items()
+    }
+    own = [row for model, of_model in rows.items() for row in of_model if row.model == model]
+    return Found(own, rows[shared] if len(stores) > 1 else [], list(stores.values()))
+
+
+def _build(study: Study, images: ImageList, model: str, settings: str) -> StoreInfo:
     name = model.replace(":", "-").replace("/", "-")
     return build_store(
         model,
         images,
-        study.out / "stores" / f"{name}-{baseline}.zarr",
+        study.out / "stores" / f"{name}-{settings}.zarr",
         weights=study.models[model],
-        baseline=baseline,
         n_steps=study.n_steps,
         limit=study.limit,
         device=study.device,
         show_progress=True,
+        **SETTINGS[settings],  # type: ignore[arg-type]
     )
 
 
@@ -143,7 +181,7 @@ def beside_the_article(rows: Sequence[Row]) -> list[Table]:
             groups = tuple(_compared([row for row in known if row.model == one], published[one]) for one in models)
             header = ("model", "unmasked", *(f"p={p:g}" for p in P))
             masks = next(sentence for sentence, of_masks in kinds(rows).items() if known[0] in of_masks)
-            tables.append(Table(title, masks, header, groups))
+            tables.append(Table(title, f"{masks} {CITATION}.", header, groups))
     return tables
 
 
@@ -157,6 +195,10 @@ def _compared(rows: Sequence[Row], theirs: Sequence[float]) -> tuple[tuple[str, 
     )
 
 
+def _tables(rows: Sequence[Row]) -> list[Table]:
+    return [*article_tables(rows), *beside_the_article(rows)]
+
+
 def main(argv: Sequence[str]) -> int:
     """``python -m pipelines.article --data PATH --out DIR``."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.article", description=__doc__)
@@ -164,7 +206,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that the study makes")
     parser.add_argument("--models", nargs="+", default=list(ARTICLE["top"]), help="default: the article's four")
     parser.add_argument("--weights", nargs="+", help="one for each model, or one for all; default: their own")
-    parser.add_argument("--n-steps", type=cli.positive, default=50, help="gradient evaluations an image")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=list(SETTINGS),
+        default=list(SETTINGS),
+        help="default: both, one after the other",
+    )
+    parser.add_argument("--n-steps", type=cli.positive, default=BuildSpec.n_steps, help="gradient evaluations an image")
     parser.add_argument("--limit", type=cli.positive, help="only the first so many images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(argv)
@@ -176,14 +225,16 @@ def main(argv: Sequence[str]) -> int:
     if options.data is None:
         raise UserError("no images: give --data PATH, or set IMAGENET_DIR")
     models = dict(zip(options.models, weights * (len(options.models) // len(weights)), strict=True))
-    own, shared, infos = run(Study(options.data, options.out, models, options.n_steps, options.limit, options.device))
-    tables = [table for rows in (own, shared) for table in [*article_tables(rows), *beside_the_article(rows)]]
-    for table in tables:
-        cli.say("", table.text())
-    markdown = "\n\n".join(table.markdown() for table in tables)
-    files.write_atomically(options.out / "tables.md", f"{markdown}\n".encode())
+    study = Study(options.data, options.out, models, options.settings, options.n_steps, options.limit, options.device)
+    results = run(study)
+    sections = []
+    for settings, found in results.items():
+        tables = [table for rows in (found.own, found.shared) for table in _tables(rows)]
+        cli.say("", TITLES[settings], *(line for table in tables for line in ("", table.text())))
+        sections += [f"## {TITLES[settings]}", *(table.markdown() for table in tables)]
+    files.write_atomically(options.out / "tables.md", "\n\n".join([*sections, ""]).encode())
     cli.say("", f"tables in {options.out / 'tables.md'}")
-    return cli.SOME_IMAGES_FAILED if any(info.failed for info in infos) else cli.DONE
+    return cli.SOME_IMAGES_FAILED if any(one.failed for found in results.values() for one in found.stores) else cli.DONE
 
 
 if __name__ == "__main__":

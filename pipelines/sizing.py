@@ -136,7 +136,13 @@ class Size:
         ]
 
 
-def spec_of(*, shard_size: int = 500, crop: int = 224, n_steps: int = 50, pixels: bool = True) -> BuildSpec:
+def spec_of(
+    *,
+    shard_size: int = BuildSpec.shard_size,
+    crop: int = 224,
+    n_steps: int = BuildSpec.n_steps,
+    pixels: bool = BuildSpec.pixels,
+) -> BuildSpec:
     """A build of some model at that size; which model makes no difference here."""
     return BuildSpec(
         model="any",
@@ -164,9 +170,13 @@ def main(argv: Sequence[str]) -> int:
     """Print the sizes of one store, or those of ImageNet's parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=cli.positive, metavar="N", help="images; by default ImageNet's three sets")
-    parser.add_argument("--shard-size", type=cli.positive, default=500, metavar="N", help="images a shard")
+    parser.add_argument(
+        "--shard-size", type=cli.positive, default=BuildSpec.shard_size, metavar="N", help="images a shard"
+    )
     parser.add_argument("--crop", type=cli.positive, default=224, metavar="PX", help="side of the model's input")
-    parser.add_argument("--n-steps", type=cli.positive, default=50, metavar="M", help="gradient evaluations an image")
+    parser.add_argument(
+        "--n-steps", type=cli.positive, default=BuildSpec.n_steps, metavar="M", help="gradient evaluations an image"
+    )
     parser.add_argument("--no-pixels", dest="pixels", action="store_false", help="a store without pixels")
     options = vars(parser.parse_args(argv))
     n_images = options.pop("images")

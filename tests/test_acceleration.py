@@ -55,7 +55,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients_stay_and_the_network_is_left_alone(case):
+def test_outputs_and_gradients_stay_and_the_network_is_left_alone(case, kernels):
     make, left = CASES[case]
     with torch.random.fork_rng():
         torch.manual_seed(0)

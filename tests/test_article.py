@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import IMAGENET
 from PIL import Image
 from test_tables import ROW
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from igstore import cli
 from igstore.models import Classifier, classifier_from_module
 from igstore.reporting.results_folder import read_rows
 from igstore.schema import Preprocessing
+from igstore.storage.reader import StoreReader
 from pipelines import article
+
+SEED = IMAGENET.parent / "seed.txt"  # the article
 
 WNIDS = ("n01440764", "n01443537", "n02123045")
 
@@ -76,21 +79,50 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_model_sees_its_own_masks_and_all_see_the_last_ones(finished: Path) -> None:
     names = sorted(path.name for path in (finished / "evaluations").iterdir())
-    assert names == ["test_article-one-black", "test_article-two-black", "test_article-two-noise"]
+    first, second = "test_article:one", "test_article:two"
+    assert names == [
+        f"test_article-{model}-{settings}" for model in ("one", "two") for settings in sorted(article.SETTINGS)
+    ]
     assert sorted(path.stem for path in (finished / "stores").iterdir()) == names
     seen = {}
     for name in names:
         rows = read_rows(finished / "evaluations" / name)
-        seen[name] = [(row.store_model, row.model, row.baseline, row.is_own) for row in rows[::8]]
+        seen[name] = [(row.store_model, row.model, row.is_own) for row in rows[::8]]
         assert len(rows) == 8 * len(seen[name])
         assert {row.cell for row in rows} == set(article.CELLS)
         assert {row.n for row in rows} == {9}
-    first, second = "test_article:one", "test_article:two"
-    assert seen == {
-        names[0]: [(first, first, "black", True)],
-        names[1]: [(second, second, "black", True)],
-        names[2]: [(second, first, "noise", False), (second, second, "noise", True)],
-    }
+    own, both = [(first, first, True)], [(second, first, False), (second, second, True)]
+    assert seen == {names[0]: own, names[1]: own, names[2]: both, names[3]: both}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("plain", ("black", "logit", "riemann_right", "sum")),
+        ("article", ("noise", "probability", "riemann_left", "positive")),
+    ],
+)
+def test_the_settings_are_recorded_and_named_in_the_tables(
+    finished: Path, settings: str, expected: tuple[str, ...]
+) -> None:
+    for model in ("one", "two"):
+        spec = StoreReader(finished / "stores" / f"test_article-{model}-{settings}.zarr").spec
+        assert (spec.baseline, spec.output, spec.method, spec.reduce, spec.n_steps) == (*expected, 3)
+    tables = (finished / "tables.md").read_text()
+    section = tables.split(f"## {article.TITLES[settings]}")[1].split("\n## ")[0]
+    notes = [line for line in section.splitlines() if "baseline" in line]
+    assert len(notes) == 6
+    made = "3 steps" if settings == "plain" else "3 steps, riemann_left, probability, positive part of each channel"
+    assert all(f"({expected[0]} baseline, prediction as target, {made})" in note for note in notes)
+    assert [note.startswith("Own masks") for note in notes] == [True] * 3 + [False] * 3
+
+
+def test_one_of_the_settings_and_one_model(data: Path, tmp_path: Path) -> None:
+    assert run(data, tmp_path, "--settings", "article", "--models", "test_article:one") == 0
+    assert [path.stem for path in (tmp_path / "stores").iterdir()] == ["test_article-one-article"]
+    tables = (tmp_path / "tables.md").read_text()
+    assert tables.count("**Table") == 3
+    assert article.TITLES["plain"] not in tables
 
 
 def test_what_is_done_is_not_done_again(
@@ -104,16 +136,16 @@ def test_what_is_done_is_not_done_again(
     assert {path.name for path in after if after[path] != before.get(path)} == {"tables.md"}
     assert (finished / "tables.md").read_text() == tables
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Table")]
-    assert len(printed) == tables.count("**Table") == 6  # of the models' own masks, and of the shared ones
+    assert len(printed) == tables.count("**Table") == 12  # of either settings' own masks and shared ones
 
 
 def test_an_evaluation_of_other_settings_is_done_again(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(data, out, "--limit", "6") == 0
-    results = out / "evaluations" / "test_article-one-black" / "results.json"
+    results = out / "evaluations" / "test_article-one-plain" / "results.json"
     records = json.loads(results.read_text())
     results.write_text(json.dumps([*records[:-1], records[-1] | {"weights_sha256": "0" * 64}]))
-    (out / "evaluations" / "test_article-two-black" / "results.json").unlink()
+    (out / "evaluations" / "test_article-two-article" / "results.json").unlink()
     assert run(data, out, "--limit", "6") == 0
     assert json.loads(results.read_text()) == records
     assert run(data, out, "--limit", "9") == 0  # a larger limit extends the stores
@@ -126,7 +158,7 @@ def test_an_evaluation_of_other_settings_is_done_again(data: Path, tmp_path: Pat
 def published() -> dict[str, dict[str, tuple[float, ...]]]:
     """The numbers of Tables 1 and 2, from the article's text."""
     found: list[dict[str, tuple[float, ...]]] = []
-    for line in (SHARED / "seed.txt").read_text().splitlines():
+    for line in SEED.read_text().splitlines():
         if line.startswith("Model Original"):
             found.append({})
         elif row := re.fullmatch(r"(VGG-16|Inception V3|ResNet-50|DenseNet-121)((?: \d+\.\d+){5})", line):
@@ -135,7 +167,7 @@ def published() -> dict[str, dict[str, tuple[float, ...]]]:
     return dict(zip(("top", "bottom"), found, strict=False))
 
 
-@pytest.mark.skipif(not (SHARED / "seed.txt").exists(), reason="needs ../shared/seed.txt")
+@pytest.mark.skipif(not SEED.exists(), reason="needs ../shared/seed.txt")
 def test_the_published_numbers_are_the_articles() -> None:
     assert published() == article.ARTICLE
 
@@ -164,6 +196,9 @@ def test_ours_stand_beside_the_articles_with_the_difference() -> None:
         ),
     ]
     assert "keep bottom, 50000 images" in tables[1].title
+    for table in tables:  # wherever the article's numbers stand, it says whose they are
+        assert "Sean Saito" in table.note
+        assert "https://seansaito.github.io/2019/12/03/masked-accuracy" in table.markdown()
 
 
 @pytest.mark.parametrize(("model", "weights"), [("vgg16", "random:0"), ("efficientnet_lite0", "IMAGENET1K_V1")])
@@ -194,4 +229,4 @@ def test_images_that_failed_are_in_the_exit_status(data: Path, tmp_path: Path) -
         copy.write_bytes(path.read_bytes())
     copy.write_bytes(b"not an image")
     assert run(tmp_path / "val", tmp_path / "out") == cli.SOME_IMAGES_FAILED
-    assert {row.n for row in read_rows(tmp_path / "out" / "evaluations" / "test_article-one-black")} == {8}
+    assert {row.n for row in read_rows(tmp_path / "out" / "evaluations" / "test_article-one-plain")} == {8}

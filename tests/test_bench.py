@@ -15,7 +15,7 @@ from networks import Linear, Quadratic, Smooth
 from stores import make_store
 from torch import nn
 
-from igstore import Preprocessing, classifier_from_module
+from igstore import Preprocessing, classifier_from_module, learn_rules
 from igstore.quadrature import METHODS
 from igstore.rank import rank_store
 from igstore.storage.reader import StoreReader
@@ -566,6 +566,27 @@ def test_fewest_steps_that_are_good_enough(quadratic_rows):
     assert quadrature.fewest_steps(rows, "a") == {"error_within_5_percent": 16, "iou_of_0.9": None}
 
 
+def test_the_standard_error_is_that_of_the_mean(monkeypatch):
+    found = np.array([0.5, 0.7, 0.9])
+    monkeypatch.setattr(quadrature, "mask_iou", lambda *_maps: found)
+    few = {"methods": ["riemann_right"], "steps": [2], "reference_steps": 4, "device": CPU}
+    classifier = classifier_from_module(Quadratic(), preprocessing=PREPROCESSING)
+    [row] = quadrature.measure(classifier, smooth_pictures(3, PREPROCESSING.crop), **few)
+    assert row["mask_iou_p50_error"] == pytest.approx(0.2 / 3**0.5)  # of numbers 0.2 apart
+
+
+def test_learned_rules_are_tried_with_the_steps_that_they_have(tmp_path):
+    file = tmp_path / "rules.json"
+    classifier = classifier_from_module(Quadratic(), preprocessing=PREPROCESSING)
+    images = [(str(i), each.transpose(1, 2, 0), None) for i, each in enumerate(smooth_pictures(8, PREPROCESSING.crop))]
+    learned = learn_rules(classifier, images, file, n_steps=[2, 3], n_images=8).rules
+    few = {"methods": [f"learned:{file}"], "steps": [4], "reference_steps": 64, "device": CPU}
+    rows = quadrature.measure(classifier, smooth_pictures(2, PREPROCESSING.crop), **few)
+    assert [row["n_steps"] for row in rows] == [len(one.nodes) for one in learned] == [2, 3]
+    # the gradient is linear in alpha, which two nodes integrate as exactly as the calibration's reference does
+    assert max(row["completeness_error_median"] for row in rows) < 1e-4
+
+
 def test_quadrature(tmp_path, capsys):
     plot = tmp_path / "plots" / "quadrature.png"
     options = ["--model", "networks:demo_network", "--steps", "2", "4", "--reference-steps", "8", "--device", "cpu"]
@@ -664,3 +685,21 @@ def test_a_missing_peer_is_named(capsys, monkeypatch):
     monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=missing))
     assert command.main(["reader", "--store", "x"]) == 2
     assert "reader needs h5py: pip install 'igstore[bench]'" in capsys.readouterr().err
+
+
+# --- GPUs
+
+
+@pytest.mark.parametrize(
+    "parts", [["build", "resume"], pytest.param(["machine", "engine", "networks", "profile"], marks=pytest.mark.slow)]
+)
+def test_everything_for_gpus_can_be_rehearsed(parts, tmp_path):
+    found = tmp_path / "found.json"
+    options = ["--out", str(found), "--scratch", str(tmp_path / "scratch"), "--seconds", "900"]
+    assert command.main(["gpu", "--rehearse", *options, "--parts", *parts]) == 0
+    results = json.loads(found.read_text())
+    assert list(results) == parts
+    for name in parts:
+        assert results[name]["found"], results[name]
+    if "resume" in parts:
+        assert all(results["resume"]["found"][0]["identical"].values())

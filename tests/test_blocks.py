@@ -23,6 +23,7 @@ from igstore.blocks import (
     rank_blocks,
     rank_dtype,
 )
+from igstore.compiled import kernels_allowed
 from igstore.errors import UserError
 from igstore.schema import Score
 
@@ -409,8 +410,8 @@ def assert_ranked_as_defined(maps: np.ndarray, block: int, score: str) -> None:
 @pytest.fixture
 def only_the_kernel(monkeypatch):
     """What is ranked at once is ranked by the kernel, so that agreement with the plain way means something."""
-    if blocks._ranking is None:
-        pytest.skip("the kernel is not compiled")
+    if blocks._ranking is None or not kernels_allowed():
+        pytest.skip("the kernel is not compiled, or ruled out")
     ranked_by_kernel = blocks._rank_in_fixed_point
     calls = []
 
@@ -465,6 +466,15 @@ def test_more_blocks_than_16_bits_count(only_the_kernel):
 def test_without_the_kernel_ranks_are_the_same(monkeypatch):
     monkeypatch.setattr(blocks, "_ranking", None)
     assert_ranked_as_defined(random_maps(3, 50, 60), 3, "positive")
+
+
+def test_the_switch_rules_the_kernel_out(monkeypatch):
+    monkeypatch.setattr(blocks, "_rank_in_fixed_point", lambda *_: pytest.fail("the kernel was used"))
+    monkeypatch.setenv("IGSTORE_KERNELS", "0")
+    assert_ranked_as_defined(random_maps(3, 50, 60), 3, "positive")
+    monkeypatch.setenv("IGSTORE_KERNELS", "no")
+    with pytest.raises(UserError, match="IGSTORE_KERNELS is 'no'; it must be 0"):
+        rank_blocks(random_maps(3, 50, 60), 3, "positive")
 
 
 @pytest.mark.skipif(blocks._ranking is None, reason="the kernel is not compiled")

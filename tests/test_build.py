@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -452,6 +453,20 @@ def test_a_build_that_was_killed_goes_on_to_the_same_store(folder, tmp_path):
     assert not (killed / "staging").exists()
     assert not list(killed.rglob("*.partial*"))
     assert json.loads((killed / "zarr.json").read_text())["attributes"]["complete"]
+
+
+def test_single_fields_of_a_named_models_preprocessing(path, network, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    whole = load_classifier("networks:demo_network").preprocessing
+    fields = {"resize": 18, "crop": (16, 14)}
+    info = build_store("networks:demo_network", random_images(2), path, preprocessing=fields, n_steps=2, rank=False)
+    assert info.n_built == 2
+    assert StoreReader(path).spec.preprocessing == replace(whole, **fields)
+    for model, more in ((network, {}), (classifier_from_module(network, preprocessing=PREPROCESSING), {"limit": 1})):
+        with pytest.raises(UserError, match=r"preprocessing is a dict.*give igstore.Preprocessing"):
+            build_store(model, random_images(2), path, preprocessing=fields, **more)
+    with pytest.raises(UserError, match="resize is 10 and crop 16x16"):
+        build_store("networks:demo_network", random_images(2), path, preprocessing={"resize": 10, "crop": 16})
 
 
 def test_named_models_bring_their_preprocessing(network):

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,9 @@ def place(tmp_path_factory) -> Path:
     for index in range(2):
         pixels = np.random.default_rng(index).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "photographs" / f"{index}.png")
+    (folder / "many").mkdir()
+    for index in range(8):
+        shutil.copy(folder / "photographs" / f"{index % 2}.png", folder / "many" / f"{index}.png")
     (folder / "labels.csv").write_text("file,class_index\n0.png,1\n1.png,2\n")
     np.save(folder / "maps.npy", np.random.default_rng(2).normal(size=(2, 24, 24)).astype(np.float32))
     make_store(folder / "toy.zarr", 6, size=(24, 24))
@@ -60,6 +64,10 @@ def place(tmp_path_factory) -> Path:
 # For every command: arguments that make it finish in `place`, and a key of the JSON that it then prints.
 ARGUMENTS = {
     "build": (["--model", NETWORK, "--data", "photographs", "--crop", "24", "--n-steps", "2"], "n_built"),
+    "calibrate": (
+        ["--model", NETWORK, "--data", "many", "--crop", "24", "--n-steps", "2", "--images", "8"],
+        "rules",
+    ),
     "rank": (["toy.zarr", "--score", "absolute"], "ranked"),
     "evaluate": (["toy.zarr", "--models", NETWORK, "--p", "50"], "rows"),
     "report": (["found", "--out", "page.html"], "page"),
@@ -326,3 +334,35 @@ def test_other_errors_of_the_runtime_are_not_hidden():
 
     with pytest.raises(RuntimeError, match="something else"):
         cli.run(command, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "5"}, None)],
+    ids=["nothing", "a policy", "a count"],
+)
+def test_threads_wait_without_taking_cores_unless_told_otherwise(monkeypatch, given, policy):
+    """It is set before a command's work begins, which is what imports torch."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that whatever is set is put back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    cli.run(lambda _: found.append(os.environ.get("OMP_WAIT_POLICY")) or cli.DONE, [])
+    assert found == [policy]
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("build", "--modl", "--model"),
+        ("build", "--n-step", "--n-steps"),
+        ("evaluate", "--model", "--models"),
+        ("export", "--formt=hdf5", "--format"),
+        ("rank", "--blok", "--block"),
+    ],
+)
+def test_a_misspelt_option_is_told_what_it_is_like(command, typed, meant, capsys):
+    assert main([command, typed, "x"]) == cli.MISUSED
+    assert f"did you mean {meant}?" in capsys.readouterr().err

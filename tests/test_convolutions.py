@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from igstore.compiled import kernels_allowed
 from igstore.engine import convolutions
 from igstore.engine.acceleration import accelerate
 from igstore.engine.convolutions import Convolution, fits, use_convolutions
-from igstore.errors import ModelError
+from igstore.errors import ModelError, UserError
 from pipelines.bench.floor import count_work
 
 SOURCE = Path(convolutions.__file__).with_name("_convolutions.cpp")
@@ -34,8 +36,8 @@ needs_kernel = pytest.mark.skipif(
 def test_kernel_is_there_where_it_can_be():
     """Tests of a kernel that failed to compile would all be skipped."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if COMPILER is None or " avx2 " not in flags or " fma " not in flags:
-        pytest.skip("needs a C++ compiler and a processor with AVX2")
+    if COMPILER is None or " avx2 " not in flags or " fma " not in flags or not kernels_allowed():
+        pytest.skip("needs a C++ compiler, a processor with AVX2, and no IGSTORE_KERNELS=0")
     assert convolutions.available()
 
 
@@ -224,14 +226,19 @@ def test_same_bits_whatever_the_threads_and_the_company(direct):
 @needs_kernel
 @pytest.mark.parametrize("direct", [False, True])
 def test_nothing_of_it_is_left_over(direct):
-    """A channel, image or tile that is not written would hold what was in memory before: fill it with NaN first."""
+    """A channel, image or tile that is not written would hold what was in memory before: torch fills it with NaN."""
     module = Convolution(convolution(16, 48), direct=direct)
-    for size in (5, 6, 7, 8):
-        x = torch.randn(3, 16, size, size)
-        for _ in range(3):
-            junk = torch.full((3, 48, size, size), torch.nan)
-            del junk
-            assert bool(module(x).isfinite().all())
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.empty(5).isnan().all())
+        for size in (5, 6, 7, 8):
+            x = torch.randn(3, 16, size, size, requires_grad=True)
+            outputs = module(x)
+            assert bool(outputs.isfinite().all())
+            (gradient,) = torch.autograd.grad(outputs.sum(), x)
+            assert bool(gradient.isfinite().all())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def even_pictures(size: tuple[int, int], channels: int) -> dict[str, torch.Tensor]:
@@ -434,9 +441,9 @@ def test_accelerated_networks_have_it_on_cpus():
 
 
 def _in_another_process(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    env = os.environ | {"IGSTORE_KERNELS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_without_the_kernel_convolutions_stay():
@@ -453,6 +460,22 @@ print(convolutions.available(), type(network[0]).__name__)
     done = _in_another_process(code)
     assert done.stdout == "False Conv2d\n", done.stderr
     assert "igstore was installed without a C++ compiler; install it again" in done.stderr
+
+
+@needs_kernel
+def test_the_switch_rules_the_kernel_out(monkeypatch, caplog):
+    image = torch.zeros(1, 16, 12, 12)
+    kinds = {}
+    for value in ("1", "0", ""):
+        monkeypatch.setenv("IGSTORE_KERNELS", value)
+        network = nn.Sequential(convolution(16, 16))
+        use_convolutions(network, image)
+        kinds[value] = type(network[0])
+    assert kinds == {"1": Convolution, "0": nn.Conv2d, "": Convolution}
+    assert not caplog.records  # who rules it out knows
+    monkeypatch.setenv("IGSTORE_KERNELS", "off")
+    with pytest.raises(UserError, match="IGSTORE_KERNELS is 'off'; it must be 0"):
+        use_convolutions(network, image)
 
 
 def test_processors_without_the_instructions(monkeypatch, caplog):

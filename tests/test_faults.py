@@ -214,6 +214,9 @@ class TestInterrupted:
         assert process.said.splitlines()[-1] == f"igstore: {says}; run the same command again to go on"
         assert "Traceback" not in process.said
         assert not StoreReader(store).is_complete
+        info = run("info", store)
+        assert info.wait() == cli.DONE
+        assert " 0 built" not in info.said  # a shard is finished by then
         assert run(*build(folder, store)).wait() == cli.DONE
         assert_undisturbed(store, whole)
 

@@ -29,6 +29,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
+from conftest import IMAGENET
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -40,8 +41,7 @@ from igstore.errors import AccessError, DataNotFoundError, ImageError, OutOfMemo
 from igstore.images import ImageList, as_image_list, find_images, prepare, synsets
 from igstore.schema import Interpolation, Preprocessing
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "imagenet"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared ImageNet files are not here")
+needs_imagenet = pytest.mark.skipif(not IMAGENET.is_dir(), reason="real images are not here")
 
 WNIDS = [wnid for wnid, _ in synsets()]
 # validation image -> class index: not in the order of the classes, one class twice
@@ -161,9 +161,9 @@ def test_synsets_are_the_classes_of_torchvisions_weights() -> None:
     assert [(a, b) for a, b in zip(ours, categories, strict=True) if a != b and not b.startswith(a)] == []
 
 
-@needs_shared
-def test_synsets_are_the_shared_facts() -> None:
-    lines = (SHARED / "synset_words.txt").read_text().splitlines()
+@needs_imagenet
+def test_synsets_are_the_published_ones() -> None:
+    lines = (IMAGENET / "synset_words.txt").read_text().splitlines()
     assert [f"{wnid} {name}" for wnid, name in synsets()] == [line.split(", ")[0] for line in lines]
 
 
@@ -915,10 +915,10 @@ def test_prepare_is_torchvisions_pipeline(
     np.testing.assert_array_equal(pixels, reference(image, preprocessing))
 
 
-@needs_shared
+@needs_imagenet
 def test_originals_are_prepared_as_torchvision_prepares_them() -> None:
-    images = find_images(SHARED / "originals")
-    paths = {path.stem: path for path in (SHARED / "originals").glob("*/*.JPEG")}
+    images = find_images(IMAGENET / "originals")
+    paths = {path.stem: path for path in (IMAGENET / "originals").glob("*/*.JPEG")}
     assert len(images) == len(paths) == 150
     preprocessing = [Preprocessing(256, (224, 224)), Preprocessing(342, (299, 299), "bicubic")]
     for index, image_id in enumerate(images.ids):
@@ -929,10 +929,10 @@ def test_originals_are_prepared_as_torchvision_prepares_them() -> None:
         assert images.wnids[images.labels[index]] == paths[image_id].parent.name
 
 
-@needs_shared
-def test_the_shared_validation_images_and_their_csv_agree() -> None:
-    by_folder = find_images(SHARED)
-    by_csv = find_images(SHARED, labels=SHARED / "val_labels.csv")
+@needs_imagenet
+def test_real_validation_images_and_their_csv_agree() -> None:
+    by_folder = find_images(IMAGENET)
+    by_csv = find_images(IMAGENET, labels=IMAGENET / "val_labels.csv")
     assert len(by_folder) == 900
     assert len(set(by_folder.labels.tolist())) == 588
     np.testing.assert_array_equal(by_folder.labels, by_csv.labels)

@@ -14,33 +14,37 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.st
 
 # From the bottom up: a module imports only from those before it.
 LAYERS = """
-errors locks names reading wording limits schema files addresses progress cli option_groups commands completion parts
-freed_memory quadrature blocks masks memory ambient modules weights choices convolutions activations fusion guard
-acceleration transfer
+errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands
+completion parts
+freed_memory quadrature fitting blocks masks memory ambient modules weights choices convolutions activations fusion
+guard acceleration transfer
 points filters reference kernels launches steps graph scales tracing integral stem
 imagenet images normalisation baselines models adapters attribution layout zarr_metadata given_maps hdf5
-mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store learned_rules
 contents integrity repair
 decoding pixels masking schedulers
 views dataset batches
-devices provenance plan attributor importer shards worker processes cluster proportions results texts tables
+devices provenance plan attributor importer shards worker processes cluster results texts tables
 results_folder
 info rank recompute verify
 appearing copies hdf5_writer interchange export merge
 builder hiring forecast build imported
+profiles subject calibrate
 showing probability evaluate show view
 charts curves findings figures summaries page sections report
 """.split()
 
 # What dask workers and readers of stores import.
 WITHOUT_TORCH = """
-errors locks names reading wording limits schema files addresses progress cli option_groups commands completion parts
+errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands
+completion parts
 schedulers
-build imported given_maps evaluate freed_memory quadrature blocks masks imagenet images baselines layout zarr_metadata
-mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+build imported calibrate given_maps evaluate freed_memory quadrature fitting blocks masks imagenet images baselines
+layout zarr_metadata mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
+learned_rules
 contents integrity repair decoding pixels masking views info rank verify
 hdf5 appearing copies hdf5_writer interchange export merge
-show view proportions results texts tables
+show view results texts tables
 results_folder charts curves findings figures summaries page sections report
 """.split()
 

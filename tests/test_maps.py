@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from igstore.engine.attributor import Attributor
+from igstore.engine.choices import called_before_choices
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.schema import BuildSpec, Preprocessing
 from pipelines.bench.agreement import mask_iou
@@ -121,6 +122,7 @@ class Chooser(nn.Module):
             return nn.functional.adaptive_max_pool2d(x, (x.shape[2] // 2, x.shape[3] // 2))
         patches = nn.functional.unfold(x, 2, stride=2).unflatten(1, (x.shape[1], 4))
         chosen = {
+            "norm": lambda: patches.norm(p=float("inf"), dim=2),
             "max": lambda: patches.max(dim=2).values,
             "sort": lambda: patches.sort(dim=2, stable=True, descending=True).values[:, :, 0],
             "argmax": lambda: patches.gather(2, patches.argmax(dim=2, keepdim=True))[:, :, 0],
@@ -135,7 +137,7 @@ class Chooser(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1))
 
 
-@pytest.mark.parametrize("way", ["max_pool2d", "adaptive_max_pool2d", "max", "sort", "argmax"])
+@pytest.mark.parametrize("way", ["max_pool2d", "adaptive_max_pool2d", "max", "sort", "argmax", "norm"])
 def test_ways_to_choose(way):
     """The network that pools is the reference for all: they choose the same."""
     preprocessing = Preprocessing(resize=None, crop=(64, 64), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -143,6 +145,48 @@ def test_ways_to_choose(way):
     pictures = made_pictures(classifier)
     pooling = classifier_from_module(Chooser("max_pool2d"), preprocessing=preprocessing)
     assert_as_exact_as_float32(classifier, pictures, 4, exactly=pooling.network)
+
+
+CHOOSING = {
+    "max_pool2d": lambda x: nn.functional.max_pool2d(x, 2),
+    "max_pool3d": lambda x: nn.functional.max_pool3d(x[:, None], 2),
+    "amax": lambda x: x.amax((2, 3)),
+    "maximum": lambda x: torch.maximum(x, x.flip(2)),
+    "median": lambda x: x.flatten(2).median(2).values,
+    "quantile": lambda x: x.flatten(2).quantile(0.5, dim=2),
+    "topk": lambda x: x.flatten(1).topk(3).values,
+    "where": lambda x: torch.where(x > x.flip(2), x, -x),
+    "mask": lambda x: x * (x > 0.1),
+    "round": torch.round,
+    "norm of infinite order": lambda x: x.flatten(2).norm(p=float("inf"), dim=2),
+    "distance of infinite order": lambda x: torch.cdist(x, x.flip(2), p=float("inf")),
+    "grid_sample": lambda x: nn.functional.grid_sample(x, x.permute(0, 2, 3, 1)[..., :2], align_corners=False),
+    "branch": lambda x: x if float(x.mean()) > 0 else -x,
+}
+SMOOTH = {
+    "relu": torch.relu,
+    "softmax": lambda x: x.softmax(1),
+    "norm": lambda x: x.flatten(2).norm(dim=2),
+    "clamp": lambda x: x.clamp(-1, 1),
+    "avg_pool2d": lambda x: nn.functional.avg_pool2d(x, 2),
+    "masked_fill": lambda x: x.masked_fill(torch.eye(8, dtype=torch.bool), float("-inf")).softmax(3),
+    "embedding": lambda x: x + torch.arange(8.0),
+}
+
+
+@pytest.mark.parametrize("operation", [*CHOOSING, *SMOOTH])
+def test_what_chooses(operation):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after((CHOOSING | SMOOTH)[operation](self.before(x)).flatten(1).sum(1, keepdim=True))
+
+    network = Network()
+    found = called_before_choices(network, torch.randn(1, 3, 8, 8), [network.before, network.after])
+    assert found == ({network.before} if operation in CHOOSING else set())
 
 
 # --- Real photographs at full size, and every family of networks

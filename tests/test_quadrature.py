@@ -15,6 +15,7 @@ EXACT_DEGREE = {
     "riemann_trapezoid": 1,
     "gausslegendre": 15,  # 2m - 1 for m = 8
     "quadratic_midpoint": 0,
+    "logarithmic_midpoint": 0,
 }
 # Halving the step divides the error by 2**order for smooth integrands.
 ORDER = {
@@ -23,6 +24,7 @@ ORDER = {
     "riemann_middle": 2,
     "riemann_trapezoid": 2,
     "quadratic_midpoint": 2,
+    "logarithmic_midpoint": 2,
 }
 
 
@@ -65,6 +67,13 @@ def test_captum_has_the_same_rule(method):
     alphas, weights = rule(method, 50)
     np.testing.assert_allclose(alphas, captum_alphas(50), atol=1e-15)
     np.testing.assert_allclose(weights, step_sizes(50), atol=1e-15)
+
+
+def test_the_logarithmic_rule_has_the_midpoints_and_widths_of_a_logarithmic_scale():
+    edges = np.geomspace(0.08, 1.08, 13) - 0.08
+    alphas, weights = rule("logarithmic_midpoint", 12)
+    np.testing.assert_allclose(weights, np.diff(edges), atol=1e-15)
+    np.testing.assert_allclose(alphas + 0.08, np.sqrt((edges[:-1] + 0.08) * (edges[1:] + 0.08)), atol=1e-15)
 
 
 def test_the_points_of_the_right_hand_rule_are_nested():

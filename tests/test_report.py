@@ -25,7 +25,7 @@ from igstore.masks import MaskOptions
 from igstore.report import make_report
 from igstore.reporting.charts import LOOKS, look_in_turn
 from igstore.reporting.findings import Findings
-from igstore.reporting.results import Pairing, Row, Shown, measure, predictions, settings_sha256
+from igstore.reporting.results import PAIRING_FIELDS, Pairing, Row, Shown, measure, predictions, settings_sha256
 from igstore.reporting.results_folder import PREDICTIONS, RESULTS, write_report
 from igstore.schema import BUILT
 from igstore.show import show_store
@@ -403,10 +403,19 @@ def test_cards_show_the_store_s_pixels(results, report, store):
 
 
 def test_provenance_is_told(results, report):
-    text = Page(report.read_text("utf-8")).text
-    for row in rows_of(results)[:1]:
-        for field in ("store", "store_weights_sha256", "store_settings_sha256", "baseline", "method", "device"):
-            assert str(getattr(row, field)) in text
+    assert_told(Page(report.read_text("utf-8")), rows_of(results))
+
+
+def assert_told(page: Page, rows: list[Row]) -> None:
+    """Under the heading of each pair of a model and a store, the table of facts has every field."""
+    told = page.text.rpartition("Provenance")[2]
+    words = [word for word in told.split("\n") if word.strip()]
+    pairs = {row.pairing: row for row in rows}
+    for pairing, row in pairs.items():
+        start = words.index(f"{row.model} on {row.store}") + 1
+        names = [name.replace("_", " ") for name in PAIRING_FIELDS]
+        expected = [word for fact in zip(names, map(str, pairing), strict=True) for word in fact]
+        assert words[start : start + len(expected)] == expected
 
 
 # Other results
@@ -429,6 +438,7 @@ def test_several_models_and_masks(store, tmp_path):
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     assert page.all("img") == []
     assert "--store" in page.text
+    assert_told(page, rows_of(results))
     assert len(page.all("details")) == 6
     assert sum("open" in attributes for attributes in page.all("details")) == 2
 

@@ -273,3 +273,9 @@ sys.exit("torch" in sys.modules)
 def test_no_store(tmp_path):
     with pytest.raises(StoreNotFoundError, match="there is no store"):
         show_store(tmp_path / "nothing.zarr")
+
+
+@pytest.mark.parametrize("images", [[0, 1], ["image_0000", 1], 0], ids=repr)
+def test_images_are_named_by_their_ids(tmp_path, images):
+    with pytest.raises(UserError):
+        show_store(make_store(tmp_path / "toy.zarr", 3), images, p=50)

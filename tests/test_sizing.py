@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import py_compile
 import shutil
 import signal
 import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from PIL import Image
 from stores import make_store
 
+from igstore import store_info
 from igstore.storage.reader import StoreReader
 from pipelines.sizing import _ID_LENGTH, _RECORD_IN_MEMORY, Size, main, spec_of, table
+from pipelines.slurm import dask_cluster
 
 PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
 PAGE = (PIPELINES / "CLUSTER.md").read_text()
@@ -147,5 +152,58 @@ def test_a_task_whose_time_is_over(environment, tmp_path):
     assert (tmp_path / "said").read_text().splitlines()[-1] == "terminated"
 
 
-def test_the_dask_example_compiles():
-    py_compile.compile(str(PIPELINES / "slurm" / "dask_cluster.py"), doraise=True)
+def test_the_dask_example_builds_a_store(tmp_path, monkeypatch):
+    """On processes of this machine in place of SLURM's jobs."""
+    distributed = pytest.importorskip("distributed")
+    asked: dict[str, Any] = {}
+    made = []
+
+    class SLURMCluster(distributed.LocalCluster):
+        def __init__(self, **options: Any) -> None:
+            asked.update(options)
+            _, gpus = options["worker_extra_args"]
+            name, count = gpus.split("=")
+            super().__init__(
+                n_workers=0,
+                threads_per_worker=options["cores"],
+                resources={name: int(count)},
+                dashboard_address="127.0.0.1:0",
+                silence_logs="CRITICAL",
+            )
+            made.append(self)
+
+        def adapt(self, **limits: int) -> Any:
+            asked.update(limits)
+            return super().adapt(**limits)
+
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", SimpleNamespace(SLURMCluster=SLURMCluster))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(3):
+        Image.new("RGB", (16, 16), (80 * index, 10, 99)).save(pictures / f"{index}.png")
+    store = tmp_path / "toy.zarr"
+    model = ["--model", "networks:demo_network", "--resize", "16", "--crop", "16", "--n-steps", "2"]
+    places = ["--data", str(pictures), "--store", str(store), "--shard-size", "2", "--device", "cpu"]
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert dask_cluster.main(["--gpus", "2", "--partition", "short", *model, *places]) == 0
+    assert store_info(store).n_built == 3
+    assert (asked["queue"], asked["maximum"]) == ("short", 2)
+    assert made[0].status.name == "closed"
+
+
+def test_the_dask_example_asks_slurm_for_a_gpu(monkeypatch):
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    scripts = []
+
+    def build(_: Any) -> int:
+        return 0
+
+    class Recorded(jobqueue.SLURMCluster):
+        def adapt(self, **_: Any) -> None:
+            scripts.append(self.job_script())
+
+    monkeypatch.setattr(dask_cluster, "build", build)
+    monkeypatch.setattr(jobqueue, "SLURMCluster", Recorded)
+    assert dask_cluster.main(["--partition", "short"]) == 0
+    for words in ("#SBATCH --gpus=1", "#SBATCH -p short", "--resources GPU=1"):
+        assert words in scripts[0]

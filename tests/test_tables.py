@@ -264,7 +264,7 @@ def test_no_row_vanishes(made: list[Row]) -> None:
     [
         ({"output": "probability"}, "probability"),
         ({"method": "gausslegendre"}, "gausslegendre"),
-        ({"reduce": "absolute"}, "absolute of the channels"),
+        ({"reduce": "absolute"}, "absolute value of each channel"),
         ({"n_steps": 16}, "16 steps"),
         ({"baseline": "noise"}, "noise baseline"),
         ({"target": "label"}, "label as target"),

@@ -15,6 +15,7 @@ import torch
 from igstore.adapters import adapted
 from igstore.errors import ImageError, UserError
 from igstore.images import ImageList, as_image_list, find_images
+from igstore.learned_rules import with_rule
 from igstore.models import Classifier, check_preprocessing, classifier_from_module, load_classifier
 from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, Split, as_path
 from igstore.storage import layout
@@ -85,6 +86,7 @@ def plan_build(
     **settings: Any,
 ) -> Build:
     """Check what can be checked before work begins; parameters as `build_store`, `settings` as `BuildSpec`."""
+    settings = with_rule(settings)
     path = as_path("store", store)
     version = FORMAT_VERSION if overwrite else _format_there(path)
     listed = listed_images(images, split=split, labels=labels)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from igstore.adapters import adapted
-from igstore.blocks import block_ranks, block_shares, block_sums
 from igstore.building.devices import find_device
 from igstore.engine.attributor import Attributor
 from igstore.errors import UserError
+from igstore.masks import mask_overlaps
 from igstore.models import Classifier, recorded_classifier
 from igstore.pixels import find_pixels, open_pixels
 from igstore.schema import BUILT, IMPORTED, whole_number
@@ -74,7 +73,7 @@ class Recomputation:
             images = chosen[batch]
             ids = [store.image_ids[image] for image in images]
             again = self._attributor(self._source.read(images), store.scalars("label")[images], ids, [""] * len(ids))
-            overlaps[batch] = _overlaps(again["attribution"], store.array("attribution").read(images))
+            overlaps[batch] = mask_overlaps(again["attribution"], store.array("attribution").read(images))
             error = _OUTPUT_ERROR[store.spec.precision]
             same = np.isclose(again["output"], store.scalars("output")[images], rtol=error, atol=error)
             for image in images[~same].tolist():
@@ -91,10 +90,3 @@ class Recomputation:
     def _finding(self, image: int, array: str, problem: str) -> Finding:
         shard = image // self._store.shard_size
         return Finding(problem, self._store.shard_files(shard)[array], shard, array)
-
-
-def _overlaps(one: NDArray[np.float16], other: NDArray[np.float16]) -> NDArray[np.float64]:
-    """Intersection over union of the blocks that hold half of each map's positive attribution, (image,)."""
-    top = [block_shares(scores, block_ranks(scores)) < np.float32(0.5) for scores in map(block_sums, (one, other))]
-    both, either = (combine(*top).sum(axis=(1, 2)) for combine in (np.logical_and, np.logical_or))
-    return np.where(either > 0, both / np.maximum(either, 1), 1.0)

@@ -52,18 +52,19 @@ def accelerate(network: nn.Module, probe: Tensor, *, own_convolutions: bool = Tr
     """
     device = probe.device.type
     kinds = _levers(device, own_convolutions=own_convolutions and not torch.is_autocast_enabled(device))
-    with fresh_torch(probe.device):
-        plain = frozen(copied(network).to(probe.device))
-        images = pictures(probe)
+    # compared on the CPU, whose convolutions are direct: cuDNN's break ties in even parts of a picture
+    with fresh_torch():
+        plain = frozen(copied(network).cpu())
+        images = pictures(probe.cpu())
         guard = Guard(plain, images)
         if not guard.has_gradients:
             logger.warning("the network has no gradients with respect to its input, so it is left as it is")
-            return plain
+            return plain.to(probe.device)
         changed, objection = _try(plain, list(kinds.values()), guard, images)
-        if changed is not None:
-            return changed
-        logger.info("the network cannot be accelerated in every way: %s", objection)
-        return _as_far_as_possible(plain, kinds, guard, images)
+        if changed is None:
+            logger.info("the network cannot be accelerated in every way: %s", objection)
+            changed = _as_far_as_possible(plain, kinds, guard, images)
+        return changed.to(probe.device)
 
 
 def _levers(device: str, *, own_convolutions: bool) -> dict[str, _Lever]:

@@ -101,7 +101,7 @@ class Attributor:
 
     def check_method(self, spec: BuildSpec) -> None:
         """Raise `UserError` unless the spec's method exists, with so many steps."""
-        rule(spec.method, spec.n_steps)
+        rule(spec.quadrature, spec.n_steps)
 
     def check_labels(self, labels: NDArray[np.int32], image_ids: Sequence[str]) -> None:
         """Raise `UserError`, naming the image, unless all labels, int32 (image,), are the network's classes or -1."""
@@ -297,7 +297,7 @@ class Attributor:
             x,
             baselines,
             targets,
-            method=spec.method,  # type: ignore[arg-type]  # one of its rules, as `check_method` saw
+            method=spec.quadrature,
             n_steps=spec.n_steps,
             output=spec.output,
             reduce=spec.reduce,
@@ -381,5 +381,6 @@ def _check_same(first: Floats, second: Floats, noise: Floats, image_ids: Sequenc
         image = int(different.argmax())
         raise ModelError(
             f"the network gives {first[image]:.4g} and then {second[image]:.4g} for image {image_ids[image]}: "
-            "something in its forward pass is random, so its maps would be too; switch that off"
+            "something in its forward pass is random, so its maps would be too; switch that off (where nothing is, the "
+            "network amplifies float32's rounding, and its maps would mean little)"
         )

@@ -7,6 +7,7 @@ get it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -20,8 +21,11 @@ from torch.utils._pytree import tree_leaves
 # which numbers they chose, need no list: they make integers or truth values of numbers.
 _CHOOSING = frozenset(
     "amax amin aminmax max min maximum minimum fmax fmin round floor ceil trunc frac sign sgn heaviside "
-    "fmod remainder floor_divide renorm _local_scalar_dense mkldnn_max_pool2d mkldnn_max_pool3d".split()
+    "fmod remainder floor_divide renorm local_scalar_dense mkldnn_max_pool2d mkldnn_max_pool3d "
+    "grid_sampler_2d grid_sampler_3d deform_conv2d".split()
 )
+# Of infinite order, these are the largest of some numbers.
+_NORMS = frozenset("norm linalg_vector_norm dist cdist_forward pdist_forward".split())
 
 
 def called_before_choices(network: nn.Module, image: Tensor, modules: Iterable[nn.Module]) -> set[nn.Module]:
@@ -51,4 +55,6 @@ def _chooses(function: Any, given: list[Any], made: list[Any]) -> bool:
     """Whether an operation, which has made some tensors of others, has chosen among numbers."""
     of_numbers = any(isinstance(one, Tensor) and one.is_floating_point() for one in given)
     whole = any(isinstance(one, Tensor) and not (one.is_floating_point() or one.is_complex()) for one in made)
-    return of_numbers and (whole or str(function.overloadpacket.__name__).strip("_") in _CHOOSING)
+    name = str(function.overloadpacket.__name__).strip("_")
+    of_infinite_order = name in _NORMS and any(isinstance(one, float) and math.isinf(one) for one in given)
+    return of_numbers and (whole or name in _CHOOSING or of_infinite_order)

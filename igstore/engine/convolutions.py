@@ -10,7 +10,7 @@ Less to move: an activation, a sum or a batch norm beside a convolution is compu
 so that its numbers pass through memory once; `igstore.engine.fusion` finds them.
 
 The kernel is compiled when igstore is installed. Without a compiler, or on a processor that lacks the instructions
-(AVX2 with FMA on x86, NEON on ARM), convolutions stay torch's.
+(AVX2 with FMA on x86, NEON on ARM), convolutions stay torch's. ``IGSTORE_KERNELS=0`` rules the kernel out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
+from igstore.compiled import kernels_allowed
 from igstore.engine.choices import called_before_choices
 from igstore.engine.modules import input_sizes, is_plain, replace
 from igstore.errors import ModelError
@@ -71,8 +72,8 @@ def _filter_transform(taps: int) -> Tensor:
 
 
 def available() -> bool:
-    """Whether the kernel was compiled, and this processor has the instructions for it."""
-    return _GROUP > 0
+    """Whether the kernel was compiled, this processor has its instructions, and the user has not ruled it out."""
+    return _GROUP > 0 and kernels_allowed()
 
 
 class Convolution(nn.Module):
@@ -417,7 +418,7 @@ def use_convolutions(network: nn.Module, image: Tensor) -> None:
 
     Forwards they are all direct. `image` is (1, channel, y, x), on a CPU.
     """
-    if not _COMPILED:
+    if not _COMPILED and kernels_allowed():
         logger.warning(
             "gradients take up to 2.6 times as long as they need: igstore was installed without a C++ compiler; "
             "install it again where there is one (g++ or clang++)"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
 from igstore.engine.activations import Clamp, ScaleAndShift
@@ -51,15 +50,15 @@ def fuse(network: nn.Module, images: Tensor) -> nn.Module:
         traced = fx.GraphModule(network, _Tracer().trace(network))
         _reshape_instead_of_view(traced)
         with torch.no_grad():
-            ShapeProp(traced).propagate(images.clone())
+            Shapes(traced).run(images.clone())
     except Exception as error:  # what a network's code does with a stand-in for a tensor is anyone's guess
         logger.info("the network's graph cannot be had, so activations stay beside convolutions: %s", error)
         return network
-    _skip_identities(traced)
+    skip_identities(traced)
     convolutions = dict(_convolutions(traced))
     for node, module in convolutions.items():
-        _take_sum(node, traced)
-        _take_activation(node, module, traced)
+        take_sum(node, traced)
+        take_activation(node, module, traced)
         _take_batch_norm(node, module, traced)
     for node, module in convolutions.items():
         _pass_on(node, module, traced)
@@ -86,6 +85,15 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class Shapes(fx.Interpreter):
+    """Notes the shapes of what a graph computes. (torch's own class for that prints a traceback where it fails.)"""
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: D102
+        result = super().run_node(n)
+        n.meta["shape"] = getattr(result, "shape", None)
+        return result
+
+
 def _modes() -> tuple[Any, ...]:
     """What torch computes under, where a network may change it for a part of its forward pass."""
     autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
@@ -100,72 +108,75 @@ def _reshape_instead_of_view(traced: fx.GraphModule) -> None:
             node.target = "reshape"
 
 
-def _module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
     """The module that a node calls, or None."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _is_call(node: fx.Node, traced: fx.GraphModule, targets: tuple[Any, ...]) -> bool:
+def is_call(node: fx.Node, traced: fx.GraphModule, targets: tuple[Any, ...]) -> bool:
     """Whether a node calls one of some functions, methods (by name) or types of modules."""
     if node.op == "call_module":
-        return type(_module_of(node, traced)) in targets
+        return type(module_of(node, traced)) in targets
     return node.op in ("call_function", "call_method") and node.target in targets
 
 
 def _convolutions(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, Convolution]]:
     """Calls of convolutions that are called once, and with nothing but a tensor: others stay as they are."""
-    modules = {node: _module_of(node, traced) for node in traced.graph.nodes}
+    modules = {node: module_of(node, traced) for node in traced.graph.nodes}
     calls = Counter(map(id, modules.values()))
     for node, module in modules.items():
         if isinstance(module, Convolution) and calls[id(module)] == 1 and len(node.args) == 1 and not node.kwargs:
             yield node, module
 
 
-def _shape(node: fx.Node) -> Any:
-    return getattr(node.meta.get("tensor_meta"), "shape", None)
+def shape_of(node: fx.Node) -> Any:
+    """The shape of what a node computes, as `Shapes` has noted it, if that is a tensor."""
+    return node.meta.get("shape")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _take_the_place_of(node: fx.Node, other: fx.Node, traced: fx.GraphModule) -> None:
+def take_the_place_of(node: fx.Node, other: fx.Node, traced: fx.GraphModule) -> None:
+    """Have whoever reads `other` read `node`."""
     other.replace_all_uses_with(node)
     traced.graph.erase_node(other)
 
 
-def _skip_identities(traced: fx.GraphModule) -> None:
+def skip_identities(traced: fx.GraphModule) -> None:
+    """Leave out modules that return their input."""
     for node in list(traced.graph.nodes):
-        if _is_call(node, traced, (nn.Identity,)) and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
-            _take_the_place_of(node.args[0], node, traced)
+        if is_call(node, traced, (nn.Identity,)) and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
+            take_the_place_of(node.args[0], node, traced)
 
 
-def _take_sum(node: fx.Node, traced: fx.GraphModule) -> None:
+def take_sum(node: fx.Node, traced: fx.GraphModule) -> None:
     """A sum of the outputs and a tensor of their shape that is there before them becomes the convolution's."""
     user = _only_user(node)
-    if user is None or not _is_call(user, traced, _SUMS) or len(user.args) != 2 or user.kwargs:
+    if user is None or not is_call(user, traced, _SUMS) or len(user.args) != 2 or user.kwargs:
         return
     addend = next((one for one in user.args if one is not node), None)
-    if isinstance(addend, fx.Node) and _shape(addend) == _shape(node) is not None and addend < node:
+    if isinstance(addend, fx.Node) and shape_of(addend) == shape_of(node) is not None and addend < node:
         node.args = (node.args[0], addend)
-        _take_the_place_of(node, user, traced)
+        take_the_place_of(node, user, traced)
 
 
-def _take_activation(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
+def take_activation(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
     """A ReLU, or another clamp, of the outputs becomes the convolution's bounds."""
     user = _only_user(node)
-    bounds = None if user is None else _bounds(user, traced)
-    if user is not None and bounds is not None:
-        module.bounds = bounds
-        _take_the_place_of(node, user, traced)
+    found = None if user is None else bounds(user, traced)
+    if user is not None and found is not None:
+        module.bounds = found
+        take_the_place_of(node, user, traced)
 
 
-def _bounds(node: fx.Node, traced: fx.GraphModule) -> tuple[float, float] | None:
+def bounds(node: fx.Node, traced: fx.GraphModule) -> tuple[float, float] | None:
     """Those that a node brings its input within, if that is what it does."""
-    called = _module_of(node, traced)
+    called = module_of(node, traced)
     if isinstance(called, Clamp):
         return called.low, called.high
-    return _RELU if type(called) is nn.ReLU or _is_call(node, traced, _RELUS) else None
+    return _RELU if type(called) is nn.ReLU or is_call(node, traced, _RELUS) else None
 
 
 def _take_batch_norm(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
@@ -176,8 +187,8 @@ def _take_batch_norm(node: fx.Node, module: Convolution, traced: fx.GraphModule)
     norm = relu.args[0] if relu.args else None
     if not isinstance(norm, fx.Node) or len(relu.users) != 1 or len(norm.users) != 1:
         return
-    scaled = _module_of(norm, traced)
-    if isinstance(scaled, ScaleAndShift) and _bounds(relu, traced) == _RELU:
+    scaled = module_of(norm, traced)
+    if isinstance(scaled, ScaleAndShift) and bounds(relu, traced) == _RELU:
         module.scale, module.shift = scaled.scale.flatten(), scaled.shift.flatten()
         node.args = (norm.args[0], *node.args[1:])
         traced.graph.erase_node(relu)
@@ -187,10 +198,10 @@ def _take_batch_norm(node: fx.Node, module: Convolution, traced: fx.GraphModule)
 def _pass_on(node: fx.Node, module: Convolution, traced: fx.GraphModule) -> None:
     """What reads the convolution's input after it reads it from the convolution, which then adds up the gradients."""
     x = node.args[0]
-    if not isinstance(x, fx.Node) or len(_shape(x) or ()) != 4:
+    if not isinstance(x, fx.Node) or len(shape_of(x) or ()) != 4:
         return
     later = [user for user in x.users if user > node]
-    if not later or not all(_is_call(user, traced, (*_OWN, *_READERS)) for user in later):
+    if not later or not all(is_call(user, traced, (*_OWN, *_READERS)) for user in later):
         return
     module.passes_on = True
     users = list(node.users)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from igstore.cli import printable
 from igstore.masks import MaskOptions
-from igstore.reporting.proportions import mcnemar_p, wilson_interval
 from igstore.schema import IMAGE, UNKNOWN_LABEL, BuildSpec, Fill, Keep, Order, Score, Select
 
 NOT_SHOWN = -1  # the predicted class of an image that a store does not have
@@ -188,6 +187,8 @@ def settings_sha256(spec: BuildSpec) -> str:
 
 def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
     """The rows of one model and store, one for each cell, in the order of `cells`."""
+    from scipy.stats import binomtest  # slow to import
+
     labelled = shown.labels != UNKNOWN_LABEL
     n = int(labelled.sum())
     correct = (shown.prediction == shown.labels)[:, labelled]  # (1 + cell, image)
@@ -195,7 +196,9 @@ def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
         (100 * flags.sum(axis=1) / n).tolist()
         for flags in (correct, shown.in_top5[:, labelled], shown.visible[:, labelled])
     )  # percent, (1 + cell,)
-    intervals = [[100 * bound for bound in wilson_interval(int(right.sum()), n)] for right in correct]
+    intervals = [
+        [100 * bound for bound in binomtest(int(right.sum()), n).proportion_ci(method="wilson")] for right in correct
+    ]
     places = {cell: place for place, cell in enumerate(cells, start=1)}
     rows = []
     for cell, place in places.items():
@@ -204,7 +207,9 @@ def measure(shown: Shown, cells: Sequence[MaskOptions]) -> list[Row]:
         if opposite is not None:
             only_this = int((correct[place] & ~correct[opposite]).sum())
             only_opposite = int((correct[opposite] & ~correct[place]).sum())
-            p_value = mcnemar_p(only_this, only_opposite)
+            # McNemar's exact test: of the images that one of the two alone gets right, half are expected for each
+            differing = only_this + only_opposite
+            p_value = float(binomtest(only_this, differing).pvalue) if differing else 1.0
         rows.append(
             Row(
                 **dataclasses.asdict(shown.pairing),

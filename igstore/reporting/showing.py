@@ -217,7 +217,7 @@ def _pairing(store: StoreReader, classifier: Classifier, precision: ForwardPreci
         baseline=spec.baseline,
         target=spec.target,
         output=spec.output,
-        method=spec.maps_by or spec.method,
+        method=spec.maps_by or spec.rule_name,
         n_steps=spec.n_steps,
         reduce=spec.reduce,
         model=classifier.name,

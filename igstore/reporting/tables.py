@@ -23,6 +23,12 @@ _SHOWN: dict[Keep, str] = {
     "bottom": "where the important pixels are masked (keep bottom)",
 }
 
+_REDUCED = {
+    "positive": "positive part of each channel",
+    "absolute": "absolute value of each channel",
+    "none": "channels apart",
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -202,7 +208,7 @@ def _how(row: Row) -> str:
         made = f"made by {row.method}, {row.target} as target"
     unusual = [] if row.is_imported or row.method == BuildSpec.method else [row.method]
     unusual += [row.output] if row.output != BuildSpec.output else []
-    unusual += [f"{row.reduce} of the channels"] if row.reduce != BuildSpec.reduce else []
+    unusual += [_REDUCED[row.reduce]] if row.reduce != BuildSpec.reduce else []
     return ", ".join([made, *unusual])
 
 

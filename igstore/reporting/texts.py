@@ -13,11 +13,12 @@ from html import escape
 
 from igstore.cli import printable
 
+_FORMULA = re.compile(r"\s*[=+\-@]")  # what begins so, spreadsheets compute
 _OF_MARKDOWN = re.compile(r"([\\`\[\]|])")
 
 
 def csv_text(header: Sequence[str], lines: Iterable[Iterable[object]]) -> str:
-    """A table as CSV."""
+    """A table as CSV. A text that a spreadsheet would take for a formula has an apostrophe before it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(_cell, header))
@@ -26,7 +27,9 @@ def csv_text(header: Sequence[str], lines: Iterable[Iterable[object]]) -> str:
 
 
 def _cell(value: object) -> object:
-    return printable(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return f"'{printable(value)}" if _FORMULA.match(value) else printable(value)
 
 
 def markdown(words: str) -> str:

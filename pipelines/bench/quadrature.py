@@ -1,10 +1,12 @@
 """What a step buys: completeness error and mask IoU against gradient evaluations, for every rule.
 
-The IoU is that of the p=50 masks with those of a much finer rule. Nothing is timed.
+The IoU is that of the p=50 masks with those of a much finer rule; its standard error says how far other images of the
+same kind may differ. Nothing is timed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from igstore import cli
 from igstore.attribution import Attributions, integrated_gradients, logits, numerics
 from igstore.building.devices import find_device
 from igstore.engine.acceleration import accelerate
+from igstore.learned_rules import METHOD_CHOICES, read_rules
 from igstore.models import Classifier, load_classifier
 from igstore.normalisation import normalise
 from igstore.quadrature import METHODS
-from igstore.schema import Method
+from igstore.schema import LearnedRule
 from pipelines.bench import machine, output
 from pipelines.bench.agreement import mask_iou
 from pipelines.bench.peers import Maps, Pixels
@@ -35,19 +38,20 @@ def measure(
     classifier: Classifier,
     pixels: Pixels,
     *,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     steps: Sequence[int],
     reference_steps: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Attribute the images with every rule and number of steps; black baseline, target the predicted class.
 
-    The reference is Gauss-Legendre's rule with `reference_steps`.
+    A file of learned rules, ``learned:FILE``, is tried with the numbers of steps that it has rules for. The reference
+    is Gauss-Legendre's rule with `reference_steps`.
 
     Returns
     -------
     One row for each rule and number of steps: ``method``, ``n_steps``, ``completeness_error_median``,
-    ``mask_iou_p50`` (the mean) and ``mask_iou_p50_min``.
+    ``mask_iou_p50`` (the mean), ``mask_iou_p50_error`` (its standard error, NaN of one image) and ``mask_iou_p50_min``.
     """
     preprocessing = classifier.preprocessing
     inputs = normalise(torch.from_numpy(pixels).to(device), preprocessing)
@@ -58,7 +62,7 @@ def measure(
         network = accelerate(classifier.network, inputs[:1])
         targets = logits(network, inputs, len(inputs)).argmax(dim=1)
 
-    def attribute(method: Method, n_steps: int) -> Attributions:
+    def attribute(method: Any, n_steps: int) -> Attributions:
         return integrated_gradients(
             network, inputs, black, targets, method=method, n_steps=n_steps, batch_size=_BATCH[device.type]
         )
@@ -66,8 +70,8 @@ def measure(
     reference = _maps(attribute("gausslegendre", reference_steps))
     rows = []
     for method in methods:
-        for n_steps in steps:
-            found = attribute(method, n_steps)
+        for n_steps, quadrature in _rules(method, steps).items():
+            found = attribute(quadrature, n_steps)
             iou = mask_iou(_maps(found), reference)
             rows.append(
                 {
@@ -75,10 +79,18 @@ def measure(
                     "n_steps": n_steps,
                     "completeness_error_median": float(np.median(found.completeness_error.cpu().numpy())),
                     "mask_iou_p50": float(iou.mean()),
+                    "mask_iou_p50_error": float(iou.std(ddof=1) / len(iou) ** 0.5) if len(iou) > 1 else math.nan,
                     "mask_iou_p50_min": float(iou.min()),
                 }
             )
     return rows
+
+
+def _rules(method: str, steps: Sequence[int]) -> dict[int, str | LearnedRule]:
+    """What `integrated_gradients` takes for the method, by number of steps."""
+    if method.startswith("learned:"):
+        return {len(learned.nodes): learned for learned in read_rules(method.removeprefix("learned:"))}
+    return dict.fromkeys(steps, method)
 
 
 def _maps(found: Attributions) -> Maps:
@@ -126,7 +138,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--weights", help="as igstore build takes it; default: the model's own")
     parser.add_argument("--data", help="folder or tar of images; default: smooth synthetic ones, which say little")
     parser.add_argument("--n-images", type=cli.positive, default=4, metavar="N", help="how many of them, evenly spread")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="rules")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=METHOD_CHOICES,
+        help="rules; learned ones on images that they were not fitted to",
+    )
     parser.add_argument("--steps", type=cli.positive, nargs="+", default=[8, 16, 32, 64], metavar="M")
     parser.add_argument("--reference-steps", type=cli.positive, default=256, metavar="M", help="of gausslegendre")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -148,6 +166,7 @@ def main(argv: Sequence[str]) -> int:
     names = {
         "completeness_error_median": "error, median",
         "mask_iou_p50": "IoU, mean",
+        "mask_iou_p50_error": "standard error",
         "mask_iou_p50_min": "IoU, lowest",
     }
     cli.say(*output.table([{names.get(name, name): value for name, value in row.items()} for row in rows]))

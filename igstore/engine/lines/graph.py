@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
 from igstore.engine import fusion
@@ -85,8 +84,8 @@ def traced(network: nn.Module, images: Tensor) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         called = module_of(node, graph)
         if isinstance(called, LineConvolution) and len(node.args) == 1 and not node.kwargs:
-            fusion._take_sum(node, graph)
-            fusion._take_activation(node, called, graph)  # type: ignore[arg-type]
+            fusion.take_sum(node, graph)
+            fusion.take_activation(node, called, graph)  # type: ignore[arg-type]
     graph.graph.eliminate_dead_code()
     graph.recompile()
     _note_shapes(graph, images)
@@ -101,7 +100,7 @@ class _Tracer(fx.Tracer):
 
 def _note_shapes(graph: fx.GraphModule, images: Tensor) -> None:
     with torch.no_grad():
-        ShapeProp(graph).propagate(images.clone())
+        fusion.Shapes(graph).run(images.clone())
 
 
 def _write_nothing_in_place(graph: fx.GraphModule) -> None:
@@ -120,28 +119,28 @@ def _write_nothing_in_place(graph: fx.GraphModule) -> None:
 
 
 def _skip_what_does_nothing(graph: fx.GraphModule) -> None:
-    fusion._skip_identities(graph)
+    fusion.skip_identities(graph)
     for node in list(graph.graph.nodes):
-        if fusion._is_call(node, graph, _DROPOUTS):
-            fusion._take_the_place_of(node.args[0], node, graph)
+        if fusion.is_call(node, graph, _DROPOUTS):
+            fusion.take_the_place_of(node.args[0], node, graph)
         elif is_concatenation(node, graph) and len(node.args[0]) == 1:
-            fusion._take_the_place_of(node.args[0][0], node, graph)
+            fusion.take_the_place_of(node.args[0][0], node, graph)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of what a node holds, if that is a tensor."""
-    shape = fusion._shape(node)
+    shape = fusion.shape_of(node)
     return None if shape is None else tuple(shape)
 
 
 def module_of(node: fx.Node, graph: fx.GraphModule) -> nn.Module | None:
     """The module that a node calls, if it does."""
-    return fusion._module_of(node, graph)
+    return fusion.module_of(node, graph)
 
 
 def is_concatenation(node: fx.Node, graph: fx.GraphModule) -> bool:
     """Whether a node concatenates images, (image, channel, y, x), by channels."""
-    if not fusion._is_call(node, graph, _CONCATENATIONS) or not isinstance(node.args[0], (list, tuple)):
+    if not fusion.is_call(node, graph, _CONCATENATIONS) or not isinstance(node.args[0], (list, tuple)):
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return dim in (1, -3) and len(shape_of(node) or (1,) * 4) == 4
@@ -179,7 +178,7 @@ def recognised(node: fx.Node, graph: fx.GraphModule) -> MaxPooling | MeanPooling
     pooling = _max_pooling(node, graph) or _mean_pooling(node, graph) or _adaptive_pooling(node, graph, shape)
     if pooling is not None:
         return pooling
-    bounds = fusion._bounds(node, graph)
+    bounds = fusion.bounds(node, graph)
     return None if bounds is None else Clamping(bounds)
 
 
@@ -216,7 +215,7 @@ def _adaptive_pooling(node: fx.Node, graph: fx.GraphModule, shape: tuple[int, ..
 
 def _options(node: fx.Node, graph: fx.GraphModule, kinds: tuple[Any, ...], **defaults: Any) -> list[Any] | None:
     """The options of a node that calls one of some functions or modules, in the order of `defaults`; None if not."""
-    if not fusion._is_call(node, graph, kinds):
+    if not fusion.is_call(node, graph, kinds):
         return None
     module = module_of(node, graph)
     if module is not None:

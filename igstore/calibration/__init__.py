@@ -1,0 +1,1 @@
+"""Fitting quadrature rules to a network's gradients: `igstore calibrate`."""

@@ -171,6 +171,17 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _own_log_level() -> Iterator[None]:
+    """Put igstore's log level back afterwards, which ``--quiet`` changes."""
+    logger = logging.getLogger("igstore")
+    before = logger.level
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _leave_cores_to_others() -> None:
     """Have torch's threads sleep while they wait for each other, unless the user has said how they wait.
 
@@ -186,7 +197,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     logging.basicConfig(level=logging.WARNING, format="igstore: %(message)s", stream=sys.stderr)
     _leave_cores_to_others()
     try:
-        with _terminable(), command_line():
+        with _terminable(), _own_log_level(), command_line():
             return command(sys.argv[1:] if argv is None else argv)
     except IgstoreError as error:
         print(printable(f"igstore: {error}"), file=sys.stderr)  # noqa: T201

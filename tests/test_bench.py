@@ -230,7 +230,7 @@ def test_completeness_errors_of_known_sums():
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 8, 12])
 def test_captum_makes_igstores_maps_in_any_batches(batch_size):
     classifier, pixels = smooth_classifier(), smooth_pictures(3, PREPROCESSING.crop)
-    attributor = engine.Attributor(classifier, engine._spec(classifier, 4, "float32"), device=CPU, batch_size=5)
+    attributor = engine.Attributor(classifier, engine.spec(classifier, 4, "float32"), device=CPU, batch_size=5)
     ours = engine._maps(attributor, pixels)
     network = peers.network_as_it_comes(classifier, CPU)
     theirs = peers.captum(network, pixels, PREPROCESSING, n_steps=4, batch_size=batch_size, device=CPU)
@@ -614,7 +614,7 @@ def test_the_bare_loop_shows_every_image_as_often_as_the_evaluation(tmp_path):
             return self.inner(nn.functional.adaptive_avg_pool2d(x, 6))
 
     classifier = classifier_from_module(Counting(), preprocessing=store.spec.preprocessing)
-    loop = evaluate.bare_loop(classifier, store, limit=7, n_passes=3, batch_size=4, device=CPU)
+    loop = evaluate.bare_loop(classifier, store, limit=7, n_passes=3, batch_size=4, device=CPU, precision="float32")
     shown.clear()
     assert loop() == 21
     assert shown == [4, 3] * 3

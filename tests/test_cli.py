@@ -101,8 +101,7 @@ def here(place, tmp_path, monkeypatch):
     """The current folder is a copy of `place`."""
     folder = shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(folder)
-    yield folder
-    logging.getLogger("igstore").setLevel(logging.NOTSET)
+    return folder
 
 
 def test_every_command_is_tried():
@@ -124,6 +123,7 @@ def test_quiet_prints_the_result_and_nothing_else(command, here, capsys):
     printed = capsys.readouterr()
     assert printed.err == ""
     assert bool(printed.out) == (command in WITH_RESULT)
+    assert logging.getLogger("igstore").level == logging.NOTSET  # what is run next is not quiet
 
 
 @pytest.mark.parametrize("command", COMMANDS)

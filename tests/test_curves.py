@@ -333,7 +333,7 @@ def test_earlier_curves_are_replaced_where_that_is_asked_for(own, tmp_path, caps
 def test_without_matplotlib_there_are_only_tables(own, tmp_path, monkeypatch):
     monkeypatch.setattr("igstore.curves.importlib.util.find_spec", lambda name: None)
     options = ["--model", "test_curves:by_name", "--steps", "2", "--out", str(tmp_path / "out"), "--quiet"]
-    assert main([str(own), *options]) == cli.DONE
+    assert cli.run(main, [str(own), *options]) == cli.DONE
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["auc.csv", "curves.csv"]
 
 

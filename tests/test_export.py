@@ -528,7 +528,8 @@ def test_the_command(store, out, capsys):
     assert verify_store(out) == []
     assert cli.run(main, [str(store), str(out)]) == cli.MISUSED
     assert "exists" in capsys.readouterr().err
-    assert main([str(store), str(out.with_name("b")), "--compress", "zstd", "--json", "--quiet"]) == cli.DONE
+    quiet = [str(store), str(out.with_name("b")), "--compress", "zstd", "--json", "--quiet"]
+    assert cli.run(main, quiet) == cli.DONE
     assert json.loads(capsys.readouterr().out)["format"] == "zarr"
 
 

@@ -21,8 +21,8 @@ def kernel(name: str, *flags: str) -> Extension:
 
 setup(
     ext_modules=[
-        kernel("igstore._ranking"),
-        kernel("igstore.engine._convolutions", *THREADS),
+        kernel("igstore.masks._ranking"),
+        kernel("igstore.acceleration._convolutions", *THREADS),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from igstore import __version__, cli
-from igstore.commands import COMMANDS, SECTIONS, module_of
+from igstore.cli import COMMANDS, SECTIONS, module_of
 from igstore.errors import UserError
 
 

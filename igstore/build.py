@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from igstore import cli
-from igstore.building.parts import Part
-from igstore.errors import UserError
+from igstore.attribution import METHOD_CHOICES
+from igstore.building import Part
+from igstore.cli import add_options, add_preprocessing, pop_preprocessing
+from igstore.errors import UserError, option
 from igstore.info import StoreInfo, describe, next_command, store_info
-from igstore.learned_rules import METHOD_CHOICES
-from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
 from igstore.schema import (
     DEFAULT_METHOD,
     DEFAULT_PRECISION,
@@ -27,13 +27,12 @@ from igstore.schema import (
     Split,
     Target,
 )
-from igstore.storage.reader import StoreReader
-from igstore.wording import option
+from igstore.storage import StoreReader
 
 if TYPE_CHECKING:
     import torch
 
-    from igstore.building.forecast import Forecast
+    from igstore.building import Forecast
     from igstore.models import Classifier
 
 _OF_THE_MACHINE = ("device", "batch_size", "scheduler", "workers", "part", "rank")  # options that plan nothing
@@ -94,7 +93,7 @@ def build_store(
     target, output
         The class that is attributed, ``"prediction"`` or ``"label"``; and its ``"logit"`` or ``"probability"``.
     method, n_steps
-        The quadrature rule (see `igstore.quadrature`), and its gradient evaluations an image, 1 to 32767.
+        The quadrature rule (see `igstore.attribution.quadrature`), and its gradient evaluations an image, 1 to 32767.
         ``learned:FILE`` is a rule of a file that `learn_rules` made, which holds rules for some numbers of steps.
     precision
         Arithmetic of the gradients, as `integrated_gradients` has it.
@@ -148,10 +147,8 @@ def build_store(
     >>> info.n_built, info.n_labelled
     (2, 1)
     """
-    from igstore.building.builder import run_build
-    from igstore.building.devices import find_devices
-    from igstore.building.hiring import choose_workers
-    from igstore.building.plan import plan_build
+    from igstore.building import choose_workers, plan_build, run_build
+    from igstore.machine import find_devices
 
     own_part = _part(part, overwrite=overwrite)
     if scheduler is None:
@@ -295,9 +292,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _forecast(options: dict[str, Any], part: Part) -> Forecast:
     """What `build_store` would do with these options."""
-    from igstore.building.devices import find_devices
-    from igstore.building.forecast import forecast
-    from igstore.building.plan import plan_build
+    from igstore.building import forecast, plan_build
+    from igstore.machine import find_devices
 
     device, batch_size, scheduler, *_ = (options.pop(name) for name in _OF_THE_MACHINE)
     if scheduler is not None:

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.calibration.fitting import fit_rule
-from igstore.errors import UserError
-from igstore.learned_rules import write_rules
+from igstore.attribution import write_rules
+from igstore.calibration import fit_rule
+from igstore.cli import Progress, add_options, add_preprocessing, pop_preprocessing
+from igstore.errors import UserError, option
 from igstore.masks import mask_overlaps
-from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
-from igstore.progress import Progress
 from igstore.schema import (
     LEARNED,
     Baseline,
@@ -34,13 +33,11 @@ from igstore.schema import (
     as_path,
     whole_number,
 )
-from igstore.wording import option
 
 if TYPE_CHECKING:
     import torch
 
-    from igstore.calibration.profiles import Profile
-    from igstore.calibration.subject import Subject
+    from igstore.calibration import Profile, Subject
     from igstore.models import Classifier
 
 N_STEPS = (16, 24, 32)
@@ -129,8 +126,7 @@ def learn_rules(
     if not counts:
         raise UserError(f"{option('n_steps')} is empty; it must be one number or more")
     n_images = whole_number("n_images", n_images, 2 * _FOLDS)
-    from igstore.calibration.profiles import profile
-    from igstore.calibration.subject import Subject
+    from igstore.calibration import Subject, profile
 
     subject = Subject(
         model,
@@ -175,7 +171,7 @@ def learn_rules(
 
 
 def _fitted(subject: Subject, profiles: Sequence[Profile], n_nodes: int) -> LearnedRule:
-    from igstore.calibration.profiles import dense_points
+    from igstore.calibration import dense_points
 
     alphas, reference = dense_points(_N_POINTS)
     places, weights = fit_rule(np.mean([one.gram for one in profiles], axis=0), reference, n_nodes)

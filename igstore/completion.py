@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from igstore import cli
-from igstore.commands import COMMANDS, module_of
+from igstore.cli import COMMANDS, module_of
 from igstore.errors import UserError
 
 Shell = Literal["bash", "zsh", "fish", "tcsh"]

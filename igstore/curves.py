@@ -16,18 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from igstore import cli
-from igstore.blocks import block_grid
-from igstore.errors import StoreExistsError, UserError
-from igstore.masking import MaskedImages
-from igstore.masks import MaskOptions
-from igstore.option_groups import add_options
-from igstore.reporting.charts import LOOKS, Chart, Panel, Series
-from igstore.reporting.texts import csv_text
+from igstore import cli, files
+from igstore.cli import add_options, csv_text
+from igstore.datasets import MaskedImages
+from igstore.errors import StoreExistsError, UserError, option
+from igstore.masks import MaskOptions, block_grid
+from igstore.reporting import LOOKS, Chart, Panel, Series
 from igstore.schema import BUILT, IMAGE, Fill, Keep, Order, Score, whole_number
-from igstore.storage import files
-from igstore.storage.reader import StoreReader
-from igstore.wording import option
+from igstore.storage import StoreReader
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +115,8 @@ def insertion_deletion(
     >>> sorted(curves.data_vars), curves.sizes["image"]
     (['auc', 'probability'], 4)
     """
-    from igstore.building.devices import find_device
-    from igstore.probability import target_probabilities
+    from igstore.evaluation import target_probabilities
+    from igstore.machine import find_device
 
     reader = StoreReader.of(store)
     n_blocks = math.prod(block_grid(*reader.spec.preprocessing.crop, block))

@@ -1,10 +1,17 @@
 """What can go wrong, as exceptions that are igstore's own and a builtin's at once.
 
 A command turns them into its exit status: `UserError` is 2 (one line, no traceback), any other `IgstoreError` is 1.
-Messages say what was given, what was expected and what to type next.
+Messages say what was given, what was expected and what to type next; `option` names parameters as the caller does:
+``images=PATH`` in Python, ``--data PATH`` on the command line.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+# What the command that runs calls its parameters; None in Python. One for the process, whose threads serve one command.
+_called: dict[str, str] | None = None
 
 
 class IgstoreError(Exception):
@@ -73,3 +80,35 @@ class OutOfMemoryError(IgstoreError, MemoryError):
 
 class ModelError(IgstoreError, RuntimeError):
     """A network fails, or does not behave as a classifier must (one row of scores an image, always the same)."""
+
+
+def option(parameter: str, value: str = "") -> str:
+    """A parameter as its user knows it, with a value that it may be given.
+
+    >>> option("images", "PATH"), option("images")
+    ('images=PATH', 'images')
+    >>> with command_line():
+    ...     call({"images": "--data"})
+    ...     option("images", "PATH"), option("images")
+    ('--data PATH', '--data')
+    """
+    if _called is not None and parameter in _called:
+        return f"{_called[parameter]} {value}".rstrip()
+    return f"{parameter}={value}" if value else parameter
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """A command runs inside; what it calls its parameters is forgotten afterwards."""
+    global _called
+    before, _called = _called, {}
+    try:
+        yield
+    finally:
+        _called = before
+
+
+def call(names: Mapping[str, str]) -> None:
+    """Call parameters by these names until the command ends; where none runs, nothing changes."""
+    if _called is not None:
+        _called.update(names)

@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from igstore import cli
-from igstore.errors import UserError
-from igstore.masking import MaskedImages
+from igstore.cli import add_options
+from igstore.datasets import MaskedImages
+from igstore.errors import UserError, option
+from igstore.evaluation import (
+    Row,
+    article_tables,
+    check_out,
+    measure,
+    overview,
+    predictions,
+    settings_sha256,
+    write_report,
+)
 from igstore.masks import MaskOptions, warn_of_fractions
-from igstore.option_groups import add_options
-from igstore.reporting.results import Row, measure, predictions, settings_sha256
-from igstore.reporting.results_folder import check_out, write_report
-from igstore.reporting.tables import article_tables, overview
 from igstore.schema import (
     FAILED,
     NOT_BUILT,
@@ -35,8 +42,7 @@ from igstore.schema import (
     check_choice,
     several,
 )
-from igstore.storage.reader import StoreReader
-from igstore.wording import option
+from igstore.storage import StoreReader
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +66,7 @@ class Evaluation:
         One `Row` for each store, model and mask: accuracies with intervals, the share of visible pixels, the
         provenance. ``pandas.DataFrame(rows)`` is a table of them.
     predictions
-        The predicted class of every image; see `igstore.reporting.results.predictions`.
+        The predicted class of every image; see `igstore.evaluation.predictions`.
     """
 
     rows: list[Row]
@@ -129,7 +135,7 @@ def evaluate(
         Where the pixels are, for stores without: the path of the images or of a store that has their pixels, an
         `ImageList`, or a `StoreReader`.
     out
-        Folder to write the results to, see `igstore.reporting.results_folder.write_report`.
+        Folder to write the results to, see `igstore.evaluation.write_report`.
     overwrite
         Replace the results of an earlier evaluation that are there.
     device
@@ -160,8 +166,8 @@ def evaluate(
     [(90.0, 4), (50.0, 4)]
     """
     from igstore.attribution import check_precision
-    from igstore.building.devices import find_device
-    from igstore.reporting.showing import ShowingPlan, show
+    from igstore.evaluation import ShowingPlan, show
+    from igstore.machine import find_device
 
     out = None if out is None else as_path("out", out)
     given = several("stores", stores, str | os.PathLike | StoreReader, "a path, a URL or a StoreReader")

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from igstore import cli
-from igstore.errors import UserError
-from igstore.interchange import write_quantus, write_virelay
-from igstore.progress import Progress
+from igstore.cli import Progress
+from igstore.errors import UserError, option
+from igstore.files import appearing
 from igstore.schema import Compress, as_path, check_choice
-from igstore.storage import layout
-from igstore.storage.appearing import appearing
-from igstore.storage.copies import check_finished, check_sealed, write_copy
-from igstore.storage.hdf5_writer import write_hdf5
-from igstore.storage.reader import StoreReader
-from igstore.wording import option
+from igstore.storage import (
+    StoreReader,
+    check_finished,
+    check_sealed,
+    layout,
+    write_copy,
+    write_hdf5,
+    write_quantus,
+    write_virelay,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def export_store(
         ``"zarr"``, a copy, which is also the way back from HDF5 and from a compressed store; ``"ranks"``, one without
         maps and pixels, with which whoever has the images can do everything but look at the maps and rank anew;
         ``"hdf5"``, one file that h5py and xarray read; ``"quantus"`` and ``"virelay"``, what those programs take, as
-        `igstore.interchange` says.
+        `igstore.storage.interchange` says.
     compress
         ``"zstd"`` compresses the image-shaped arrays of Zarr formats, one image at a time.
     show_progress

@@ -15,14 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.building.given_maps import GivenMaps, read_ids
-from igstore.building.parts import Part
-from igstore.errors import UserError
+from igstore.building import GivenMaps, Part, read_ids
+from igstore.cli import add_options, add_preprocessing, pop_preprocessing
+from igstore.errors import UserError, option
 from igstore.images import ImageList, find_images
 from igstore.info import StoreInfo, describe, next_command, store_info
-from igstore.option_groups import add_options, add_preprocessing, pop_preprocessing
 from igstore.schema import IMAGE, IMPORTED, Baseline, BuildSpec, Output, Preprocessing, Reduce, Split, Target
-from igstore.wording import option
 
 if TYPE_CHECKING:
     import torch
@@ -111,12 +109,8 @@ def import_maps(
     >>> info.n_built, info.settings["method"]
     (2, 'imported')
     """
-    from igstore.building.builder import run_build
-    from igstore.building.devices import find_device
-    from igstore.building.hiring import check_sizes
-    from igstore.building.importer import Importer
-    from igstore.building.plan import chosen_classifier, listed_images, plan_build
-    from igstore.building.worker import Worker
+    from igstore.building import Importer, Worker, check_sizes, chosen_classifier, listed_images, plan_build, run_build
+    from igstore.machine import find_device
 
     if not isinstance(made_by, str) or not made_by.strip():
         raise UserError(

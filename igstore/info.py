@@ -11,12 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
+from igstore.files import Folder, LocalFiles
 from igstore.schema import BUILT, IMPORTED, LEARNED, UNKNOWN_LABEL, names_code
-from igstore.storage.files import Folder
-from igstore.storage.reader import StoreReader
-from igstore.storage.sources import LocalFiles
-from igstore.storage.staging import kept_images
-from igstore.storage.zarr_form import ZarrForm
+from igstore.storage import StoreReader, ZarrForm, kept_images
 
 _FEW = 10  # names listed before "and so on"
 

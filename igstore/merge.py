@@ -20,17 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore import cli
+from igstore.cli import Progress
 from igstore.errors import DamagedStoreError, SettingsMismatchError, UserError
+from igstore.files import appearing
 from igstore.images import fingerprint
-from igstore.progress import Progress
-from igstore.rank import ranking_attributes
 from igstore.schema import BUILT, FAILED, NOT_BUILT, BuildSpec, as_path, several
-from igstore.storage import layout
-from igstore.storage.appearing import appearing
-from igstore.storage.copies import check_sealed, own_fields
-from igstore.storage.integrity import check_shards
-from igstore.storage.reader import Sharded, StoreReader
-from igstore.storage.store import create_ranking, finish_store, lay_out_store, write_rank_shard, write_shard
+from igstore.storage import (
+    Sharded,
+    StoreReader,
+    check_sealed,
+    check_shards,
+    create_ranking,
+    finish_store,
+    lay_out_store,
+    layout,
+    own_fields,
+    ranking_attributes,
+    write_rank_shard,
+    write_shard,
+)
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.int64]

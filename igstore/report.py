@@ -8,19 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igstore import cli
-from igstore.errors import UserError
+from igstore import cli, files
+from igstore.cli import add_options
+from igstore.datasets import MaskedImages
+from igstore.errors import UserError, option
 from igstore.evaluate import Evaluation
-from igstore.masking import MaskedImages
-from igstore.option_groups import add_options
+from igstore.evaluation import RESULTS, Findings, results_json, settings_sha256
 from igstore.reporting import page, sections
-from igstore.reporting.findings import Findings
-from igstore.reporting.results import settings_sha256
-from igstore.reporting.results_folder import RESULTS, results_json
 from igstore.schema import as_path, several
-from igstore.storage import files
-from igstore.storage.reader import StoreReader
-from igstore.wording import option
+from igstore.storage import StoreReader
 
 Path_ = str | os.PathLike[str]
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from igstore.errors import SettingsMismatchError, UserError
-from igstore.wording import option
+from igstore.errors import SettingsMismatchError, UserError, option
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)  # in stores of version 1, class indices are int16
@@ -399,7 +398,7 @@ class BuildSpec:
 
     @property
     def quadrature(self) -> Any:
-        """The rule, as `igstore.quadrature.rule` takes it."""
+        """The rule, as `igstore.attribution.rule` takes it."""
         return self.learned_rule or self.method
 
     @property

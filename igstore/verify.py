@@ -14,24 +14,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore import cli
+from igstore import cli, files
+from igstore.cli import Progress, add_options
 from igstore.errors import DamagedStoreError, IgstoreError, SettingsMismatchError
-from igstore.limits import usable_cores
-from igstore.names import is_foreign
-from igstore.option_groups import add_options
-from igstore.progress import Progress
-from igstore.rank import ranking_attributes
+from igstore.files import NOT_THERE, LocalFiles, Source, is_foreign, open_source, parse_json, reading, shown
+from igstore.machine import usable_cores
 from igstore.schema import whole_number
-from igstore.storage import files
-from igstore.storage.addresses import shown
-from igstore.storage.contents import Problems, check_images, check_ranks
-from igstore.storage.hdf5_form import Hdf5Form
-from igstore.storage.integrity import Finding, check_shard
-from igstore.storage.reader import RankingReader, Sharded, StoreReader
-from igstore.storage.reading import NOT_THERE, parse_json, reading
-from igstore.storage.sources import LocalFiles, Source, open_source
-from igstore.storage.store import consolidated, metadata, ranking_metadata
-from igstore.storage.zarr_form import ZarrForm
+from igstore.storage import (
+    Finding,
+    Hdf5Form,
+    Problems,
+    RankingReader,
+    Sharded,
+    StoreReader,
+    ZarrForm,
+    check_images,
+    check_ranks,
+    check_shard,
+    consolidated,
+    metadata,
+    ranking_attributes,
+    ranking_metadata,
+)
 
 if TYPE_CHECKING:
     from igstore.models import Classifier
@@ -98,7 +102,7 @@ def verify_store(
         return [Finding(f"is damaged, and nothing else can be looked at: {error}", _ROOT)]
     again = None
     if whole_number("recompute", recompute, 0):
-        from igstore.building.recompute import Recomputation  # the only part that needs torch
+        from igstore.building import Recomputation  # the only part that needs torch
 
         again = Recomputation(store, recompute, images=images, model=model, weights=weights, device=device, seed=seed)
     rankings = [store.ranking(name) for name in store.rankings]
@@ -180,7 +184,7 @@ def _metadata_findings(store: StoreReader, rankings: Sequence[RankingReader]) ->
 
 
 def _copy_of(documents: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """What the root's copy of the others' metadata must be, as `igstore.storage.store.consolidated` has it."""
+    """What the root's copy of the others' metadata must be, as `igstore.storage.consolidated` has it."""
     intact = {
         file.rpartition("/")[0]: found for file, found in documents.items() if file != _ROOT and found is not None
     }

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from igstore import __version__, cli
+from igstore import __version__, cli, files
 from igstore.errors import StoreExistsError, UserError
-from igstore.storage import files
-from igstore.storage.reader import StoreReader
-from igstore.storage.reading import is_of_the_machine
+from igstore.files import is_of_the_machine
+from igstore.storage import StoreReader
 
 _PAGE = Path(__file__).parent / "viewer"
 _PAGE_TYPES = {

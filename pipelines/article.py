@@ -20,19 +20,16 @@ from typing import get_args
 
 import numpy as np
 
-from igstore import cli
+from igstore import cli, files
 from igstore.build import build_store
 from igstore.errors import UserError
 from igstore.evaluate import evaluate
+from igstore.evaluation import Row, Table, article_tables, images_of, kinds, percent, read_rows, settings_sha256
 from igstore.images import ImageList, find_images
 from igstore.info import StoreInfo
 from igstore.masks import MaskOptions
-from igstore.reporting.results import Row, settings_sha256
-from igstore.reporting.results_folder import read_rows
-from igstore.reporting.tables import Table, article_tables, images_of, kinds, percent
 from igstore.schema import BUILT, UNKNOWN_LABEL, BuildSpec, Keep
-from igstore.storage import files
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 P = (90.0, 70.0, 50.0, 30.0)
 CELLS = [MaskOptions(p=p, keep=keep) for keep, p in product(get_args(Keep), P)]

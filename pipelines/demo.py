@@ -16,9 +16,9 @@ from pathlib import Path
 
 import igstore
 from igstore import cli
+from igstore.evaluation import article_tables
 from igstore.images import synsets
 from igstore.info import describe
-from igstore.reporting.tables import article_tables
 
 _PHOTOGRAPH = re.compile(r"foolbox/data/imagenet_\d\d_(\d+)\.jpg")
 

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from igstore import cli
-from igstore.reporting.figures import accuracy_by_p
-from igstore.reporting.findings import Findings
-from igstore.storage import files
+from igstore import cli, files
+from igstore.evaluation import Findings
+from igstore.reporting import accuracy_by_p
 
 # A picture of its own, so it brings its background and is as legible on a dark page as on a light one.
 _STYLE = """<style>

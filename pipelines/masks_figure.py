@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 import igstore
 from igstore import cli
 from igstore.images import synsets
-from igstore.show import heat_map
+from igstore.reporting import heat_map
 
 MODEL, P, N_STEPS = "efficientnet_lite0", 50, 50
 

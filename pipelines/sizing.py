@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from igstore import cli
-from igstore.blocks import block_grid
+from igstore.masks import block_grid
 from igstore.schema import BuildSpec, Preprocessing
 from igstore.storage import layout
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from igstore.compiled import kernels_allowed
+from igstore.machine import kernels_allowed
 
 IMAGENET = Path(os.environ.get("IGSTORE_TEST_IMAGES") or Path(__file__).resolve().parents[2] / "shared" / "imagenet")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from igstore.normalisation import normalise
+from igstore.models import normalise
 from igstore.schema import Preprocessing
 
 

@@ -124,13 +124,13 @@ def slow_ranks(seconds: float) -> None:
     """Rank as slowly as if images were large."""
     import igstore.rank
 
-    rank_blocks = igstore.rank.rank_blocks
+    rank_blocks = igstore.building.ranking.rank_blocks
 
     def slow(*arguments: Any) -> Any:
         time.sleep(seconds)
         return rank_blocks(*arguments)
 
-    igstore.rank.rank_blocks = slow
+    igstore.building.ranking.rank_blocks = slow
 
 
 def _run(request: dict[str, Any]) -> None:
@@ -161,8 +161,8 @@ def _serve() -> None:
     import torch
 
     import igstore.build
-    import igstore.building.forecast
-    import igstore.building.hiring
+    import igstore.building.dry_run
+    import igstore.building.placement
     import igstore.verify  # noqa: F401
 
     torch.set_num_threads(1)

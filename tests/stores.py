@@ -11,10 +11,9 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from igstore.rank import rank_store
+from igstore.building import rank_store
 from igstore.schema import BUILT, FAILED, BuildSpec, Preprocessing
-from igstore.storage import layout
-from igstore.storage.store import create_store, finish_store, write_shard
+from igstore.storage import create_store, finish_store, layout, write_shard
 
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel")
 WNIDS = tuple(f"n{index:08d}" for index in range(len(CLASS_NAMES)))

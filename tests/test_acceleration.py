@@ -11,9 +11,10 @@ import torchvision
 from networks import Smooth
 from torch import nn
 
-from igstore.engine.acceleration import accelerate, fold_uneven_padding
-from igstore.engine.activations import Clamp, ScaleAndShift, keep_results
-from igstore.engine.memory import gradient_bytes
+from igstore.acceleration import accelerate
+from igstore.acceleration.accelerator import fold_uneven_padding
+from igstore.acceleration.activations import Clamp, ScaleAndShift, keep_results
+from igstore.attribution import gradient_bytes
 from igstore.errors import ModelError
 
 
@@ -207,7 +208,7 @@ def test_freed_memory_is_used_again_without_asking_the_system(keep):
     # in a process of its own, whose memory no other test has been through
     program = f"""
 import resource, torch
-from igstore.freed_memory import freed_memory_kept, keep_freed_memory
+from igstore.machine.freed_memory import freed_memory_kept, keep_freed_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -25,13 +25,13 @@ from igstore import (
     store_info,
     verify_store,
 )
-from igstore.adapters import TwoClasses, adapted
 from igstore.errors import ModelError
 from igstore.evaluate import main as evaluate_main
 from igstore.info import main as info_main
-from igstore.models import Classifier
+from igstore.models import Classifier, adapted
+from igstore.models.adapters import TwoClasses
 from igstore.schema import Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 SIZE, STEPS = 9, 8
 PREPROCESSING = Preprocessing(resize=None, crop=(SIZE, SIZE), mean=(0.5, 0.4, 0.6), std=(0.2, 0.3, 0.25))
@@ -247,7 +247,7 @@ def test_records_that_do_not_say_it_are_of_older_stores(tmp_path, capsys):
 
 
 def forget(store: Path) -> None:
-    from igstore.storage.files import sealed
+    from igstore.files import sealed
 
     file = store / StoreReader(store).record_file(0)
     record = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("zero_maps", "seal")}
@@ -255,7 +255,7 @@ def forget(store: Path) -> None:
 
 
 def change(store: Path, **fields: Any) -> None:
-    from igstore.storage.files import sealed
+    from igstore.files import sealed
 
     file = store / StoreReader(store).record_file(0)
     record = {name: value for name, value in json.loads(file.read_text()).items() if name != "seal"}

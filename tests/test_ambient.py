@@ -14,13 +14,13 @@ from torch import nn
 
 from igstore import MaskedImageNet, build_store, evaluate, import_maps, rank_store, verify_store
 from igstore.attribution import integrated_gradients, numerics
-from igstore.batches import MaskedBatches
 from igstore.curves import insertion_deletion
-from igstore.engine.ambient import fresh_torch
+from igstore.datasets import MaskedBatches
+from igstore.machine import fresh_torch
 from igstore.masks import MaskOptions
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.schema import Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 PREPROCESSING = Preprocessing(resize=None, crop=(24, 24), mean=(0.5, 0.4, 0.3), std=(0.25, 0.25, 0.2))
 

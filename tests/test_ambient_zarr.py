@@ -20,9 +20,7 @@ from zarr.storage import MemoryStore
 from igstore import MaskedImageNet, export_store, open_store, rank_store, store_info, verify_store
 from igstore.errors import DamagedStoreError
 from igstore.schema import IMAGE, BuildSpec, Preprocessing
-from igstore.storage import layout
-from igstore.storage.reader import StoreReader
-from igstore.storage.store import metadata, ranking_metadata
+from igstore.storage import StoreReader, layout, metadata, ranking_metadata
 from igstore.storage.zarr_metadata import array_metadata
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

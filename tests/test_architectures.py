@@ -9,12 +9,10 @@ from captum.attr import IntegratedGradients
 from networks import Smooth
 
 from igstore import Preprocessing, classifier_from_module
-from igstore.blocks import block_ranks, block_shares, block_sums, expand
-from igstore.engine.attributor import Attributor
+from igstore.attribution import Attributor
 from igstore.errors import OutOfMemoryError, UserError
-from igstore.masks import MaskOptions, visible_blocks
-from igstore.models import load_classifier
-from igstore.normalisation import normalise
+from igstore.masks import MaskOptions, block_ranks, block_shares, block_sums, expand, visible_blocks
+from igstore.models import load_classifier, normalise
 from igstore.schema import BuildSpec
 
 N_STEPS = 4

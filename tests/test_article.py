@@ -15,10 +15,10 @@ from test_tables import ROW
 from torch import Tensor, nn
 
 from igstore import cli
+from igstore.evaluation import read_rows
 from igstore.models import Classifier, classifier_from_module
-from igstore.reporting.results_folder import read_rows
 from igstore.schema import Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from pipelines import article
 
 SEED = IMAGENET.parent / "seed.txt"  # the article

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as npst
 from networks import InPlace, Linear, Quadratic, Smooth
 from torch import nn
 
-from igstore.attribution import completeness_error, integrated_gradients, numerics, to_float16
+from igstore.attribution import METHODS, completeness_error, integrated_gradients, numerics, rule
+from igstore.attribution.engine import to_float16
 from igstore.errors import ModelError, UserError
-from igstore.quadrature import METHODS, rule
 
 
 def images(n: int = 3, size: int = 13, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

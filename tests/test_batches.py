@@ -14,14 +14,14 @@ from stores import image_ids, make_store
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from igstore.batches import MaskedBatches, nearest
-from igstore.dataset import MaskedImageNet
+from igstore.datasets import MaskedBatches, MaskedImageNet, keep_mask, open_store
+from igstore.datasets.masked_batches import nearest
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
-from igstore.masks import FILLS, SELECTIONS, FillContext, MaskOptions
-from igstore.normalisation import normalise
+from igstore.masks import FILLS, FillContext, MaskOptions
+from igstore.masks.selection import SELECTIONS
+from igstore.models import normalise
 from igstore.schema import Preprocessing
-from igstore.storage.arrays import ImageArray
-from igstore.views import keep_mask, open_store
+from igstore.storage import ImageArray
 
 N = 10
 CELLS = [

@@ -16,16 +16,16 @@ from stores import make_store
 from torch import nn
 
 from igstore import Preprocessing, classifier_from_module, learn_rules
-from igstore.quadrature import METHODS
-from igstore.rank import rank_store
-from igstore.storage.reader import StoreReader
+from igstore.attribution import METHODS
+from igstore.building import rank_store
+from igstore.storage import StoreReader
 
 pytest.importorskip("captum")
 pytest.importorskip("h5py")
 pytest.importorskip("matplotlib")
 
-from pipelines.bench import __main__ as command
 from pipelines.bench import (
+    __main__ as command,
     engine,
     evaluate,
     fixtures,

@@ -6,25 +6,23 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from igstore import blocks
-from igstore.blocks import (
-    MOST_BLOCK,
-    SCORES,
+from igstore.errors import UserError
+from igstore.machine import kernels_allowed
+from igstore.masks import (
     block_grid,
     block_ranks,
     block_shares,
     block_sums,
+    blocks,
     check_block,
     expand,
     rank_blocks,
     rank_dtype,
 )
-from igstore.compiled import kernels_allowed
-from igstore.errors import UserError
+from igstore.masks.blocks import MOST_BLOCK, SCORES
 from igstore.schema import Score
 
 several = settings(deadline=None, max_examples=60)

@@ -24,7 +24,7 @@ from torchvision import transforms
 from igstore import Preprocessing, build_store, classifier_from_module, cli, load_classifier, store_info
 from igstore.build import main
 from igstore.errors import SettingsMismatchError, UserError
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 N_CLASSES = 7
 PREPROCESSING = Preprocessing(resize=18, crop=(16, 16))

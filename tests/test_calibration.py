@@ -26,16 +26,14 @@ from igstore import (
     store_info,
     verify_store,
 )
-from igstore.blocks import block_sums
+from igstore.attribution import read_rules, rule, write_rules
 from igstore.build import main as build
 from igstore.calibrate import main as calibrate
-from igstore.calibration.fitting import fit_rule
-from igstore.calibration.profiles import dense_points, path_maps, profile
+from igstore.calibration import dense_points, fit_rule, profile
+from igstore.calibration.profiles import path_maps
 from igstore.errors import SettingsMismatchError
 from igstore.info import describe
-from igstore.learned_rules import read_rules, write_rules
-from igstore.masks import mask_overlaps
-from igstore.quadrature import rule
+from igstore.masks import block_sums, mask_overlaps
 from igstore.schema import LearnedRule
 
 N_POINTS = 256

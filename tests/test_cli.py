@@ -21,9 +21,8 @@ from stores import make_store
 import igstore
 from igstore import cli
 from igstore.__main__ import main
-from igstore.commands import COMMANDS, module_of
+from igstore.cli import COMMANDS, Progress, module_of
 from igstore.completion import whole_parser
-from igstore.progress import Progress
 
 NETWORK = "networks:Smooth"
 

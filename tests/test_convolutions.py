@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from igstore.compiled import kernels_allowed
-from igstore.engine import convolutions
-from igstore.engine.acceleration import accelerate
-from igstore.engine.convolutions import Convolution, fits, use_convolutions
+from igstore.acceleration import accelerate, convolutions
+from igstore.acceleration.convolutions import Convolution, fits, use_convolutions
 from igstore.errors import ModelError, UserError
+from igstore.machine import kernels_allowed
 from pipelines.bench.floor import count_work
 
 SOURCE = Path(convolutions.__file__).with_name("_convolutions.cpp")
@@ -449,11 +448,11 @@ def _in_another_process(code: str, *paths: Path) -> subprocess.CompletedProcess[
 def test_without_the_kernel_convolutions_stay():
     code = """
 import sys
-sys.modules["igstore.engine._convolutions"] = None
+sys.modules["igstore.acceleration._convolutions"] = None
 import torch
 from torch import nn
-from igstore.engine.acceleration import accelerate
-from igstore.engine import convolutions
+from igstore.acceleration.accelerator import accelerate
+from igstore.acceleration import convolutions
 network = accelerate(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten()), torch.zeros(1, 16, 12, 12))
 print(convolutions.available(), type(network[0]).__name__)
 """
@@ -500,13 +499,13 @@ def test_instructions_of_other_processors(tmp_path):
 import importlib.machinery, importlib.util, itertools, sys
 import torch
 from torch import nn
-loader = importlib.machinery.ExtensionFileLoader("igstore.engine._convolutions", sys.argv[1])
-spec = importlib.util.spec_from_file_location("igstore.engine._convolutions", sys.argv[1], loader=loader)
+loader = importlib.machinery.ExtensionFileLoader("igstore.acceleration._convolutions", sys.argv[1])
+spec = importlib.util.spec_from_file_location("igstore.acceleration._convolutions", sys.argv[1], loader=loader)
 module = importlib.util.module_from_spec(spec)
 loader.exec_module(module)
-import igstore.engine
-igstore.engine._convolutions = sys.modules["igstore.engine._convolutions"] = module
-from igstore.engine import convolutions
+import igstore.acceleration
+igstore.acceleration._convolutions = sys.modules["igstore.acceleration._convolutions"] = module
+from igstore.acceleration import convolutions
 assert convolutions._GROUP == 16, convolutions._GROUP
 torch.manual_seed(0)
 cases = ((16, 48, 9, 3, 1), (128, 64, 28, 3, 1), (512, 256, 7, 3, 1), (32, 16, 17, (1, 7), (0, 3)), (16, 32, 12, 5, 2),

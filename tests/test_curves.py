@@ -16,9 +16,10 @@ from scipy.ndimage import gaussian_filter
 from stores import image_ids, make_store
 from torch import Tensor, nn
 
-from igstore import cli, masks
+from igstore import cli
 from igstore.curves import insertion_deletion, main
 from igstore.errors import ModelError, SettingsMismatchError, StoreNotFoundError, UserError
+from igstore.masks import selection
 from igstore.models import Classifier, classifier_from_module
 from igstore.schema import Preprocessing
 
@@ -119,7 +120,7 @@ def blocks_in_order(store: Path, image: int, score: str, block: int, order: str)
     ]
     if order == "random":
         grid = -(-values.shape[0] // block), -(-values.shape[1] // block)
-        [ranks] = masks.random_ranks([image_ids(N)[image]], grid, seed=4)
+        [ranks] = selection.random_ranks([image_ids(N)[image]], grid, seed=4)
         places = np.argsort(ranks.ravel())
     else:
         places = np.argsort([-values[square].sum() for square in squares], kind="stable")

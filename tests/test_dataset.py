@@ -16,16 +16,14 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from igstore import freed_memory, masks
-from igstore.batches import MaskedBatches
-from igstore.dataset import MaskedImageNet
+from igstore.datasets import MaskedBatches, MaskedImageNet, masked_view, open_store
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
 from igstore.images import as_image_list
-from igstore.masks import MaskOptions
-from igstore.normalisation import look_up, normalisation_table, normalise
+from igstore.machine import freed_memory
+from igstore.masks import MaskOptions, options
+from igstore.models import look_up, normalisation_table, normalise
 from igstore.schema import Preprocessing
-from igstore.storage.reader import StoreReader
-from igstore.views import masked_view, open_store
+from igstore.storage import StoreReader
 
 N = 10
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -381,7 +379,7 @@ def test_options_are_checked_once(store, monkeypatch):
     dataset = MaskedImageNet(store, 30, "top")
     expected = dataset[3][0]
     for check in ("check_choice", "check_block", "whole_number"):
-        monkeypatch.delattr(masks, check)
+        monkeypatch.delattr(options, check)
     assert torch.equal(dataset[3][0], expected)
     with pytest.raises(NameError):
         dataset.with_mask(p=50)

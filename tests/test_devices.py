@@ -16,10 +16,9 @@ from test_faults import FLAT, Run, assert_undisturbed, build, folder, forks, run
 from torch import nn
 
 from igstore import build_store, cli
-from igstore.building import devices
-from igstore.building.devices import find_devices
 from igstore.errors import UserError
-from igstore.storage.reader import StoreReader
+from igstore.machine import devices, find_devices
+from igstore.storage import StoreReader
 
 
 @pytest.fixture

@@ -23,15 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import igstore
-from igstore import cli, masks
+from igstore import cli
+from igstore.datasets import MaskedImages
 from igstore.errors import ModelError, SettingsMismatchError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.evaluate import evaluate, main
-from igstore.masking import MaskedImages
-from igstore.masks import MaskOptions
+from igstore.evaluation import Row, article_tables, read_rows
+from igstore.evaluation.results import NOT_SHOWN
+from igstore.masks import MaskOptions, selection
 from igstore.models import Classifier, classifier_from_module
-from igstore.reporting.results import NOT_SHOWN, Row
-from igstore.reporting.results_folder import read_rows
-from igstore.reporting.tables import article_tables
 from igstore.schema import Preprocessing
 
 N = 30
@@ -119,7 +118,7 @@ def expected(store: Path, model: Classifier, cell: MaskOptions | None) -> tuple[
         if cell is not None:
             top = top_set(arrays["attribution"][index], cell.p, cell.select)
             if cell.order == "random":
-                [ranks] = masks.random_ranks([image_id], top.shape, cell.seed)
+                [ranks] = selection.random_ranks([image_id], top.shape, cell.seed)
                 top = ranks < top.sum()
             blocks = top if cell.keep == "top" else ~top
             visible = np.kron(blocks, np.ones((3, 3), bool))[: SIZE[0], : SIZE[1]]

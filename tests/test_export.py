@@ -36,10 +36,9 @@ from igstore import (
 )
 from igstore.errors import DamagedStoreError, StoreExistsError, StoreNotFoundError, UserError
 from igstore.export import main
+from igstore.files import is_sealed, sealed
 from igstore.schema import BuildSpec
-from igstore.storage import layout
-from igstore.storage.files import is_sealed, sealed
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader, layout
 
 N, SHARD_SIZE, N_CLASSES = 21, 8, 7  # three shards, the last of five images
 NETWORK = Smooth(N_CLASSES).eval()
@@ -470,7 +469,7 @@ def test_an_interrupted_export_leaves_nothing(store, out, monkeypatch, options):
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("igstore.progress.Progress.advance", interrupt)
+    monkeypatch.setattr("igstore.cli.progress.Progress.advance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_store(store, out, **options)
     assert list(out.parent.iterdir()) == []
@@ -479,7 +478,7 @@ def test_an_interrupted_export_leaves_nothing(store, out, monkeypatch, options):
 KILLED = """
 import os, signal, sys
 import igstore
-from igstore.progress import Progress
+from igstore.cli.progress import Progress
 Progress.advance = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[4]))
 igstore.export_store(sys.argv[1], sys.argv[2], format=sys.argv[3])
 """
@@ -609,7 +608,7 @@ def test_whenever_an_export_is_killed_the_next_one_leaves_nothing_of_it(store, o
 
 KILLED_AT = """
 import os, signal, sys
-import igstore, igstore.storage.appearing
+import igstore, igstore.files.all_or_nothing
 left = int(sys.argv[4])
 
 def hook(event, arguments):

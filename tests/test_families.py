@@ -9,8 +9,7 @@ import pytest
 import torch
 from test_maps import assert_as_exact_as_float32, made_pictures
 
-from igstore.models import Classifier, load_classifier
-from igstore.normalisation import normalise
+from igstore.models import Classifier, load_classifier, normalise
 
 pytestmark = pytest.mark.slow
 

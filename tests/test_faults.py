@@ -19,9 +19,9 @@ from PIL import Image
 
 from igstore import cli, verify_store
 from igstore.__main__ import main
-from igstore.engine.attributor import Attributor
-from igstore.storage.presence import hold, writing
-from igstore.storage.reader import StoreReader
+from igstore.attribution import Attributor
+from igstore.storage import StoreReader, hold
+from igstore.storage.concurrency import writing
 
 N, SHARD_SIZE = 22, 8  # three shards, the last of six images
 UNIT = 5  # images that are kept at a time: 200 gradient evaluations

@@ -12,11 +12,10 @@ import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from igstore.engine import convolutions
-from igstore.engine.acceleration import accelerate
-from igstore.engine.activations import keep_results, simplify_batch_norm
-from igstore.engine.convolutions import Convolution, use_convolutions
-from igstore.engine.fusion import fuse
+from igstore.acceleration import accelerate, convolutions
+from igstore.acceleration.activations import keep_results, simplify_batch_norm
+from igstore.acceleration.convolutions import Convolution, use_convolutions
+from igstore.acceleration.fusion import fuse
 
 pytestmark = pytest.mark.skipif(
     not convolutions.available(), reason="the kernel is not compiled, or not for this processor"

@@ -14,12 +14,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from igstore.engine import convolutions
-from igstore.engine.acceleration import accelerate
-from igstore.engine.convolutions import Convolution
-from igstore.engine.guard import Guard, pictures
-from igstore.engine.modules import copied
-from igstore.engine.stem import hoist_stem
+from igstore.acceleration import accelerate, convolutions, hoist_stem
+from igstore.acceleration.convolutions import Convolution
+from igstore.acceleration.guard import Guard, pictures
+from igstore.models import copied
 
 needs_kernel = pytest.mark.skipif(
     not convolutions.available(), reason="the kernel is not compiled, or not for this processor"

@@ -22,7 +22,7 @@ from forks import Forks
 from test_faults import Run, assert_undisturbed, build, files, folder, forks, is_ready, stopped, whole  # noqa: F401
 
 from igstore import cli, verify_store
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 

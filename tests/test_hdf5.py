@@ -17,10 +17,10 @@ from stores import make_store, mapped_file
 from torch.utils.data import DataLoader
 
 from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_store
+from igstore.building import rank_store
 from igstore.errors import DamagedStoreError, IgstoreError, StoreNotFoundError, UserError
 from igstore.info import store_info
-from igstore.rank import rank_store
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from igstore.verify import verify_store
 
 N, SHARD = 10, 4

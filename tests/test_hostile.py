@@ -21,7 +21,7 @@ from test_untrusted import look, reseal, use
 
 from igstore import cli
 from igstore.__main__ import main
-from igstore.storage.files import sealed
+from igstore.files import sealed
 
 N, SHARD = 6, 4
 SECRET = b"what another file of this machine holds\n" * 100

@@ -31,16 +31,15 @@ from igstore import (
     store_info,
     verify_store,
 )
-from igstore.building.given_maps import GivenMaps
-from igstore.dataset import MaskedImageNet
+from igstore.building import GivenMaps
+from igstore.datasets import MaskedImageNet
 from igstore.errors import SettingsMismatchError, UserError
+from igstore.evaluation import article_tables
 from igstore.images import as_image_list, find_images
 from igstore.imported import main
-from igstore.models import Classifier, classifier_from_module
-from igstore.normalisation import normalise
-from igstore.reporting.tables import article_tables
+from igstore.models import Classifier, classifier_from_module, normalise
 from igstore.schema import BuildSpec, Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 N, SIZE = 7, (23, 26)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)

@@ -17,9 +17,9 @@ from test_curves import Patterns, classifier
 from igstore import cli, export_store
 from igstore.errors import UserError
 from igstore.export import main
-from igstore.interchange import normalised_values
-from igstore.normalisation import normalisation_table
+from igstore.models import normalisation_table
 from igstore.schema import Preprocessing
+from igstore.storage.interchange import normalised_values
 
 N, FAILED, SIZE = 10, 5, (23, 26)
 BUILT = [index for index in range(N) if index != FAILED]
@@ -207,7 +207,7 @@ def test_the_command(store, tmp_path, capsys):
 def test_a_network_says_the_same_of_the_batches(store, batches):
     """Normalised as the model wants them: what igstore itself shows it gives the same outputs."""
     model = classifier(Patterns())
-    from igstore.dataset import MaskedImageNet
+    from igstore.datasets import MaskedImageNet
 
     data = MaskedImageNet(store, p=0, keep="bottom")
     shown = torch.stack([image for image, *_ in data.__getitems__(range(len(data)))])

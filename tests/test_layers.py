@@ -3,82 +3,126 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "igstore"
-MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")}
+ROOT = Path(__file__).resolve().parents[1]
 
-# From the bottom up: a module imports only from those before it.
+# From the bottom up: a module imports only from those before it. Of other folders it imports their faces alone.
+# A plus marks the modules that need torch; workers of dask and readers of stores import all others.
 LAYERS = """
-errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands
-completion parts
-freed_memory quadrature fitting blocks masks memory ambient modules weights choices convolutions activations fusion
-guard acceleration transfer
-points filters reference kernels launches steps graph scales tracing integral stem
-imagenet images normalisation baselines models adapters attribution layout zarr_metadata given_maps hdf5
-mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store learned_rules
-contents integrity repair
-decoding pixels masking schedulers
-views dataset batches
-devices provenance plan attributor importer shards worker processes cluster results texts tables
-results_folder
-info rank recompute verify
-appearing copies hdf5_writer interchange export merge
-builder hiring forecast build imported
-profiles subject calibrate
-showing probability evaluate show view
-charts curves findings figures summaries page sections report
-""".split()
+igstore                errors _faces schema
+igstore.machine        limits freed_memory devices+ transfer+ compiled torch_settings+
+igstore.files          access atomic locks mapping names all_or_nothing servers cache remote sources
+igstore.masks          blocks selection fills options
+igstore.cli            commands progress text output running parser options
+igstore.images         imagenet preparation labels image_list
+igstore.storage        layout arrays zarr_metadata zarr_form hdf5_layout hdf5_form reader staging concurrency writer
+igstore.storage        integrity consistency copies hdf5_writer interchange
+igstore.models         normalisation+ weights+ networks+ classifier+ adapters+ sources+ loading+
+igstore.acceleration   activations+ choices+ convolutions+ fusion+ guard+ accelerator+ stem+ lines.kernels+
+igstore.acceleration   lines.points+ lines.filters+ lines.graph+ lines.launches+ lines.reference+ lines.steps+
+igstore.acceleration   lines.scales+ lines.tracing+ lines.integral+
+igstore.attribution    quadrature engine+ learned_rules baselines memory+ attributor+
+igstore.datasets       pixels masked_images xarray_views masked_imagenet+ masked_batches+
+igstore.evaluation     results inference+ tables results_folder findings
+igstore.building       plan+ parts decoding shards+ worker+ processes+ dask_client cluster+ recomputation+ import_source
+igstore.building       import_attributor+ repair ranking builder+ placement+ dry_run+
+igstore.calibration    fitting profiles+ subject+
+igstore.reporting      charts figures summaries pictures page sections
+igstore                info build calibrate rank evaluate curves report show view verify export merge imported
+igstore                completion
+"""
 
-# What dask workers and readers of stores import.
-WITHOUT_TORCH = """
-errors compiled locks names reading wording limits schema files addresses progress cli option_groups commands
-completion parts
-schedulers
-build imported calibrate given_maps evaluate freed_memory quadrature fitting blocks masks imagenet images baselines
-layout zarr_metadata mapped cache servers remote sources arrays zarr_form hdf5_form reader staging presence store
-learned_rules
-contents integrity repair decoding pixels masking views info rank verify
-hdf5 appearing copies hdf5_writer interchange export merge
-show view results texts tables
-results_folder charts curves findings figures summaries page sections report
-""".split()
+PLACES = [
+    (f"{folder}.{name.rstrip('+')}", name.endswith("+"))
+    for folder, *names in map(str.split, LAYERS.strip().splitlines())
+    for name in names
+]
+MODULES = [module for module, _ in PLACES]
+WITHOUT_TORCH = [module for module, needs_torch in PLACES if not needs_torch]
+FOLDERS = list(dict.fromkeys(".".join(module.split(".")[:2]) for module in MODULES if module.count(".") > 1))
 
 
-def dotted(module: str) -> str:
-    """The name under which a module is imported."""
-    return ".".join(MODULES[module].relative_to(PACKAGE.parent).with_suffix("").parts)
+def dotted(path: Path) -> str:
+    """The name under which a file is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(module: str) -> set[str]:
-    """The package's modules that a module imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "igstore":
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name for name in MODULES if dotted(name) in names}
+def folder_of(module: str) -> str:
+    """The face of the folder that a module is in; "igstore" for those at the top."""
+    return next((folder for folder in FOLDERS if f"{module}.".startswith(f"{folder}.")), "igstore")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules and faces of igstore's that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            own = folder_of(dotted(path))
+            if node.module == "igstore" or (node.module.startswith(own) and own != "igstore"):
+                found |= within & {*MODULES, *FOLDERS} or {node.module} - {own}  # what is compiled needs no place
+            else:
+                found.add(node.module)
+    return {name for name in found if name.startswith("igstore.")}
 
 
 def test_every_module_has_its_place():
-    assert sorted(MODULES) == sorted(LAYERS)
-    assert len(MODULES) == sum(not path.stem.startswith("__") for path in PACKAGE.rglob("*.py"))
+    files = [dotted(path) for path in (ROOT / "igstore").rglob("*.py") if not path.stem.startswith("__")]
+    assert sorted(files) == sorted(MODULES)
 
 
-@pytest.mark.parametrize("module", LAYERS)
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    below = set(LAYERS[: LAYERS.index(module)])
-    assert imported(module) <= below
+    folder, before = folder_of(module), MODULES[: MODULES.index(module)]
+    below = {folder_of(other) for other in before} - {folder}
+    neighbours = {other for other in before if folder_of(other) in (folder, "igstore")}
+    assert imported(ROOT / f"{module.replace('.', '/')}.py") <= below | neighbours
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").rglob("*.py")), ids=dotted)
+def test_pipelines_use_public_names(path):
+    assert {folder_of(name) for name in imported(path) - set(FOLDERS)} <= {"igstore"}
+    names = re.findall(r"^ *from igstore\S* import \(?([^)\n]*)", path.read_text(), re.M)
+    assert not [name for line in names for name in line.split(", ") if name.startswith("_")]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_face_offers_what_its_folder_has(folder):
+    face = importlib.import_module(folder)
+    assert face.__doc__
+    assert face.__all__ == dir(face)
+    for name in face.__all__:
+        assert not name.startswith("_")
+        assert folder_of(getattr(getattr(face, name), "__module__", folder) or folder) in (folder, "igstore")
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        face.nothing_like_it  # noqa: B018
+
+
+def test_contributing_lists_every_module():
+    text, listed, folder = (ROOT / "CONTRIBUTING.md").read_text(), set(), ""
+    for indent, name, kind in re.findall(r"^    (  |    )(\w+)(\.py|/) +\S", text, re.M):
+        if len(indent) == 4:
+            listed.add(f"igstore.{folder}.{name}")
+        elif kind == "/":
+            folder = name
+        else:
+            listed.add(f"igstore.{name}")
+    files = {module for module in MODULES if module.count(".") < 3} | {"igstore.acceleration.lines"}
+    assert files <= listed
 
 
 @pytest.mark.parametrize("modules", [WITHOUT_TORCH, []], ids=["readers", "the package itself"])
 def test_readers_need_no_torch(modules):
-    lines = ["import sys, igstore", *(f"import {dotted(module)}" for module in modules)]
+    lines = ["import sys, igstore", *(f"import {module}" for module in modules)]
     lines += ["igstore.open_store, igstore.rank_store, igstore.masked_view"] if modules else []
     lines += ["sys.exit(','.join(name for name in ('torch', 'torchvision', 'captum') if name in sys.modules) or 0)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from igstore import build_store
-from igstore.limits import free_memory, usable_cores
-from igstore.storage.reader import StoreReader
+from igstore.machine import free_memory, usable_cores
+from igstore.storage import StoreReader
 
 GB = 10**9
 UNLIMITED_V1 = 9223372036854771712
@@ -196,7 +196,7 @@ def run(code: str, *arguments: str) -> str:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinities here")
 def test_an_affinity_of_one_core():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from igstore.limits import usable_cores; from igstore.building.decoding import most_workers\n"
+    code += "from igstore.machine.limits import usable_cores; from igstore.building.decoding import most_workers\n"
     assert run(code + "print(usable_cores(), most_workers())").split() == ["1", "1"]
 
 
@@ -205,7 +205,7 @@ def test_an_affinity_of_one_core():
 def test_a_limit_of_the_shell(name):
     code = f"""
 import resource
-from igstore.limits import _fields, free_memory, Path
+from igstore.machine.limits import _fields, free_memory, Path
 used = 1024 * _fields(Path("/proc/self/status"))[{("VmSize" if name == "RLIMIT_AS" else "VmData")!r}]
 resource.setrlimit(resource.{name}, (used + 10_000_000_000,) * 2)
 print(free_memory())
@@ -223,7 +223,7 @@ import os, resource, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # as many threads as two cores take
 import torch, torchvision.models
 from igstore import build_store, load_classifier
-from igstore.limits import _fields, Path
+from igstore.machine.limits import _fields, Path
 classifier = load_classifier("squeezenet1_1", "random:0")
 if sys.argv[3] != "0":
     used = 1024 * _fields(Path("/proc/self/status"))["VmSize"]
@@ -253,6 +253,6 @@ def test_too_little_memory_is_said_before_the_work(tmp_path, monkeypatch, caplog
     assert "has 77.2 kB of parameters, of which 3 copies are made, and 50.0 kB of memory is free" in said
     caplog.clear()
     monkeypatch.undo()
-    monkeypatch.setattr("igstore.engine.memory.free_memory", lambda: 0)
+    monkeypatch.setattr("igstore.attribution.memory.free_memory", lambda: 0)
     build_store(network, images, tmp_path / "two.zarr", n_steps=1, device="cpu")
     assert [record.getMessage() for record in caplog.records] == ["little memory is free on cpu: batches of 1"]

@@ -9,19 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from igstore.attribution import integrated_gradients
-from igstore.engine.acceleration import accelerate
-from igstore.engine.attributor import Attributor
-from igstore.engine.lines import integral, reference
-from igstore.engine.lines.integral import OnLines
-from igstore.engine.lines.points import joined, packed, points_of, split, unpacked
-from igstore.engine.lines.steps import Affine, Concatenate, Convolve, MaxPool, MeanPool, Torch
+from igstore.acceleration import OnLines, accelerate
+from igstore.acceleration.lines import integral, reference
+from igstore.acceleration.lines.points import joined, packed, points_of, split, unpacked
+from igstore.acceleration.lines.steps import Affine, Concatenate, Convolve, MaxPool, MeanPool, Torch
+from igstore.attribution import Attributor, integrated_gradients
 from igstore.images import prepare
 from igstore.models import classifier_from_module, load_classifier
 from igstore.schema import Preprocessing
@@ -234,8 +231,8 @@ def test_masks_of_real_weights_are_those_of_float32(imagenet_val):
 _KERNELS = """
 import sys
 import torch
-from igstore.attribution import integrated_gradients
-from igstore.engine.lines import integral, launches
+from igstore.attribution.engine import integrated_gradients
+from igstore.acceleration.lines import integral, launches
 sys.path.insert(0, sys.argv[1])
 from test_lines import EveryStep, job, on_lines
 assert integral._operations(torch.device("cpu")) is launches

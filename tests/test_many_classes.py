@@ -17,13 +17,12 @@ from torch import nn
 import igstore
 from igstore import MaskedImageNet, build_store, evaluate, export_store, merge_stores, open_store, verify_store
 from igstore.errors import SettingsMismatchError, UserError
+from igstore.evaluation import Findings, settings_sha256
 from igstore.images import as_image_list
 from igstore.info import main as info_main
 from igstore.models import Classifier, classifier_from_module
-from igstore.reporting.findings import Findings
-from igstore.reporting.results import settings_sha256
 from igstore.schema import FORMAT_VERSION, BuildSpec, Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 SIZE = 6
 PREPROCESSING = Preprocessing(resize=None, crop=(SIZE, SIZE))

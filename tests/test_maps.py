@@ -11,8 +11,8 @@ from exact import exactly_integrated, integrated
 from PIL import Image
 from torch import nn
 
-from igstore.engine.attributor import Attributor
-from igstore.engine.choices import called_before_choices
+from igstore.acceleration.choices import called_before_choices
+from igstore.attribution import Attributor
 from igstore.models import Classifier, classifier_from_module, load_classifier
 from igstore.schema import BuildSpec, Preprocessing
 from pipelines.bench.agreement import mask_iou

@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from igstore.blocks import block_ranks, block_shares, block_sums, expand
 from igstore.errors import UserError
 from igstore.masks import (
     FILLS,
-    SELECTIONS,
     FillContext,
     MaskOptions,
     apply,
-    count_threshold,
-    gaussian_blur,
-    mass_threshold,
+    block_ranks,
+    block_shares,
+    block_sums,
+    expand,
     random_ranks,
     visible_blocks,
 )
+from igstore.masks.fills import gaussian_blur
+from igstore.masks.selection import SELECTIONS, count_threshold, mass_threshold
 from igstore.schema import Fill, Keep, Select
 
 several = settings(deadline=None, max_examples=60)
@@ -312,7 +312,9 @@ def test_random_ranks_are_permutations_of_their_own():
 
 
 def test_random_ranks_are_the_same_in_every_process():
-    program = "from igstore.masks import random_ranks; print(random_ranks(['a', 'b'], (3, 4), seed=5).tolist())"
+    program = (
+        "from igstore.masks.selection import random_ranks; print(random_ranks(['a', 'b'], (3, 4), seed=5).tolist())"
+    )
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],

@@ -16,8 +16,7 @@ from igstore import Preprocessing, build_store, cli, export_store, merge_stores,
 from igstore.errors import DamagedStoreError, SettingsMismatchError, StoreExistsError, UserError
 from igstore.images import as_image_list
 from igstore.merge import main
-from igstore.storage import layout
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader, layout
 
 N, SHARD_SIZE, N_CLASSES = 21, 4, 7  # six shards, the last of one image
 NETWORK = Smooth(N_CLASSES).eval()

@@ -18,11 +18,11 @@ import torchvision.models
 from PIL import Image
 from torch import Tensor, nn
 
-from igstore.engine.weights import state_sha256
 from igstore.errors import UserError, WeightsNotFoundError
 from igstore.images import prepare
-from igstore.models import Classifier, classifier_from_module, load_classifier, torchvision_names
-from igstore.normalisation import normalise
+from igstore.models import Classifier, classifier_from_module, load_classifier, normalise
+from igstore.models.sources import torchvision_names
+from igstore.models.weights import state_sha256
 from igstore.schema import Preprocessing
 
 ARTICLE = ("vgg16", "inception_v3", "resnet50", "densenet121")

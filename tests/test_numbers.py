@@ -28,7 +28,7 @@ from igstore import (
 )
 from igstore.errors import UserError
 from igstore.masks import MaskOptions
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 MODEL = favourite(1, 2, count=5)
 

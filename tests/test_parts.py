@@ -11,11 +11,10 @@ import pytest
 from test_faults import SHARD_SIZE, assert_undisturbed, build, folder, forks, whole  # noqa: F401
 
 from igstore import build_store, cli
-from igstore.building.parts import Part
+from igstore.building import Part
 from igstore.errors import UserError
-from igstore.storage import files, staging
-from igstore.storage.presence import at_work
-from igstore.storage.reader import StoreReader
+from igstore.files import atomic
+from igstore.storage import StoreReader, at_work, staging
 
 
 @pytest.mark.parametrize("n_shards", [0, 1, 5, 100])
@@ -138,7 +137,7 @@ def begun(tmp_path: Path) -> Path:
 
 def partial(path: Path, *, seconds_ago: float = 0) -> Path:
     """An unfinished file, as it is while it is written."""
-    temporary = files.temporary_name(path)
+    temporary = atomic.temporary_name(path)
     temporary.write_bytes(b"half")
     os.utime(temporary, (time.time() - seconds_ago,) * 2)
     return temporary
@@ -150,7 +149,7 @@ def test_what_other_machines_write_is_left_alone_until_it_is_old(begun, monkeypa
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     others, old = partial(begun / "scale/c/0"), partial(begun / "scale/c/1", seconds_ago=4000)
     monkeypatch.undo()
-    assert [files.is_of_another_machine(path) for path in (own, others, old)] == [False, True, True]
+    assert [atomic.is_of_another_machine(path) for path in (own, others, old)] == [False, True, True]
     with at_work(begun) as presence:
         presence.sweep()
     assert staging.leftovers(begun) == [others]

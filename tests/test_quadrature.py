@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from captum.attr._utils.approximation_methods import approximation_parameters
 
+from igstore.attribution import METHODS, rule
 from igstore.errors import UserError
-from igstore.quadrature import METHODS, rule
 
 # What each rule integrates without error: the largest degree of polynomial, by its textbook definition.
 EXACT_DEGREE = {

@@ -18,16 +18,15 @@ import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
 
-from igstore import cli, rank
-from igstore.blocks import SCORES
+from igstore import cli
+from igstore.building import rank_store, ranking
+from igstore.building.ranking import RankingSummary, _active_client, _rank_shard, rank_blocks
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
-from igstore.rank import main, rank_store
+from igstore.files import Folder, LocalFiles
+from igstore.masks.blocks import SCORES
+from igstore.rank import main
 from igstore.schema import BUILT, FAILED, FORMAT_VERSION, BuildSpec, Preprocessing
-from igstore.storage import layout
-from igstore.storage.files import Folder
-from igstore.storage.reader import StoreReader
-from igstore.storage.sources import LocalFiles
-from igstore.storage.store import create_store, extend_store, write_rank_shard, write_shard
+from igstore.storage import StoreReader, create_store, extend_store, layout, write_rank_shard, write_shard
 
 N, SHARD_SIZE = 23, 10  # three shards, the last of three images
 ALL_SHARDS = (0, 1, 2)
@@ -152,7 +151,7 @@ def path(tmp_path: Path, template: Path) -> Path:
 @pytest.mark.parametrize("score", SCORES)
 def test_equals_loops_over_pixels(path, maps, score, block):
     summary = rank_store(path, score=score, block=block)
-    assert summary == rank.RankingSummary(f"{score}-{block}", ranked=N, unchanged=0, missing_shards=())
+    assert summary == RankingSummary(f"{score}-{block}", ranked=N, unchanged=0, missing_shards=())
     assert_ranked(path, maps, score=score, block=block)
 
 
@@ -230,7 +229,7 @@ def test_only_shards_without_a_record_are_ranked_again(path, maps):
 def test_ranking_a_ranked_store_writes_nothing(path):
     rank_store(path)
     before = state(path)
-    assert rank_store(path) == rank.RankingSummary("positive-3", ranked=0, unchanged=N, missing_shards=())
+    assert rank_store(path) == RankingSummary("positive-3", ranked=0, unchanged=N, missing_shards=())
     assert state(path) == before
 
 
@@ -256,9 +255,9 @@ def test_a_shard_that_is_built_again_while_it_is_ranked(path, maps, monkeypatch)
     def overtaken(*arguments: Any) -> np.ndarray:
         monkeypatch.undo()
         write_maps(path, changed, 0)
-        return rank.rank_blocks(*arguments)
+        return rank_blocks(*arguments)
 
-    monkeypatch.setattr(rank, "rank_blocks", overtaken)
+    monkeypatch.setattr(ranking, "rank_blocks", overtaken)
     with dask.config.set(scheduler="synchronous"):
         rank_store(path)
     assert rank_store(path).missing_shards == ()
@@ -268,7 +267,7 @@ def test_a_shard_that_is_built_again_while_it_is_ranked(path, maps, monkeypatch)
 def test_a_shard_that_is_being_built_again(path):
     (path / layout.record_file(0)).unlink()
     with pytest.raises(DamagedStoreError, match=r"shard 0 .* is being written"):
-        rank._rank_shard(str(path), "positive-3", 0, score="positive", block=3)
+        _rank_shard(str(path), "positive-3", 0, score="positive", block=3)
 
 
 def test_a_shard_is_ranked_without_reading_the_records_of_others(path, monkeypatch):
@@ -293,7 +292,7 @@ def test_a_shard_that_was_built_again_alike_is_not(path, maps):
 
 def test_a_part_of_a_store_is_ranked_and_the_rest_later(tmp_path, maps):
     path = make(tmp_path / "model.zarr", maps, shards=(1,))
-    assert rank_store(path) == rank.RankingSummary("positive-3", ranked=10, unchanged=0, missing_shards=(0, 2))
+    assert rank_store(path) == RankingSummary("positive-3", ranked=10, unchanged=0, missing_shards=(0, 2))
     ranking = StoreReader(path).ranking("positive-3")
     assert list(ranking.records) == [1]
     with pytest.raises(DamagedStoreError, match="shard 0"):
@@ -301,7 +300,7 @@ def test_a_part_of_a_store_is_ranked_and_the_rest_later(tmp_path, maps):
 
     write_maps(path, maps, 0)
     write_maps(path, maps, 2)
-    assert rank_store(path) == rank.RankingSummary("positive-3", ranked=13, unchanged=10, missing_shards=())
+    assert rank_store(path) == RankingSummary("positive-3", ranked=13, unchanged=10, missing_shards=())
     assert_ranked(path, maps)
 
 
@@ -312,7 +311,7 @@ def test_a_store_that_grew(tmp_path, maps):
     extend_store(path, image_ids=ids, labels=np.zeros(N, np.int32))
 
     # the short shard is to be built again; the ranking is as long as the store all the same
-    assert rank_store(path) == rank.RankingSummary("positive-3", ranked=0, unchanged=10, missing_shards=(1, 2))
+    assert rank_store(path) == RankingSummary("positive-3", ranked=0, unchanged=10, missing_shards=(1, 2))
     with xr.open_zarr(path, group="ranks/positive-3", chunks=None) as dataset:
         assert dataset.sizes["image"] == N
 
@@ -325,8 +324,8 @@ def test_a_store_that_grew(tmp_path, maps):
 KILLED = """
 import os, signal, sys
 import dask
-from igstore.storage.files import Folder
-from igstore.rank import rank_store
+from igstore.files.atomic import Folder
+from igstore.building.ranking import rank_store
 
 write, calls = Folder.write, 0
 
@@ -447,9 +446,9 @@ def test_dask_configuration_comes_first(path, maps):
 
 def test_configuration_comes_before_an_active_client(cluster):
     with Client(cluster) as client:
-        assert rank._active_client() is client
+        assert _active_client() is client
         with dask.config.set(scheduler="synchronous"):
-            assert rank._active_client() is None
+            assert _active_client() is None
 
 
 def test_progress_is_shown_when_asked_for(path, capsys):

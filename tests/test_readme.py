@@ -19,7 +19,7 @@ from PIL import Image
 import igstore
 from igstore import cli
 from igstore.__main__ import main
-from igstore.commands import module_of
+from igstore.cli import module_of
 from pipelines import masks_figure
 from pipelines.figure import draw
 

@@ -106,7 +106,9 @@ def test_a_store_s_weights_are_no_file_of_this_machine(archive, monkeypatch, act
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(archive / "hub"))
     read = []
-    monkeypatch.setattr("igstore.models.load_weights", lambda network, file, name: read.append(file) or "0" * 64)
+    monkeypatch.setattr(
+        "igstore.models.sources.load_weights", lambda network, file, name: read.append(file) or "0" * 64
+    )
     recorded = weights.format(here=archive, name=archive.name)
     path = make_store(archive / "shared.zarr", 4, model="shufflenet_v2_x0_5", weights=recorded)
     with pytest.raises(UserError, match="give weights"):

@@ -23,12 +23,11 @@ from igstore import MaskedImageNet, export_store, keep_mask, masked_view, open_s
 from igstore.cli import run
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UnreachableError, UserError
 from igstore.evaluate import evaluate
-from igstore.info import main as info_main
-from igstore.info import store_info
+from igstore.files import remote, servers, sources
+from igstore.info import main as info_main, store_info
 from igstore.models import classifier_from_module
 from igstore.schema import Preprocessing
-from igstore.storage import remote, servers, sources
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from igstore.verify import verify_store
 
 N, SHARD = 10, 4
@@ -304,7 +303,7 @@ def test_a_missing_or_short_file_there_is_damage(server: Served, folder: Path) -
 
 
 def test_what_needs_a_folder_says_so(url: str) -> None:
-    from igstore.rank import rank_store
+    from igstore.building import rank_store
 
     with pytest.raises(UserError, match="is not a folder of this machine"):
         rank_store(url, score="absolute")

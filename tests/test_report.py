@@ -18,18 +18,28 @@ from scipy.stats import binomtest
 from stores import CLASS_NAMES, make_store
 
 from igstore import cli
+from igstore.datasets import MaskedImages
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
 from igstore.evaluate import Evaluation
-from igstore.masking import MaskedImages
+from igstore.evaluation import (
+    PAIRING_FIELDS,
+    RESULTS,
+    Findings,
+    Row,
+    measure,
+    predictions,
+    settings_sha256,
+    write_report,
+)
+from igstore.evaluation.results import Pairing, Shown
+from igstore.evaluation.results_folder import PREDICTIONS
 from igstore.masks import MaskOptions
 from igstore.report import make_report
-from igstore.reporting.charts import LOOKS, look_in_turn
-from igstore.reporting.findings import Findings
-from igstore.reporting.results import PAIRING_FIELDS, Pairing, Row, Shown, measure, predictions, settings_sha256
-from igstore.reporting.results_folder import PREDICTIONS, RESULTS, write_report
+from igstore.reporting import LOOKS
+from igstore.reporting.charts import look_in_turn
 from igstore.schema import BUILT
 from igstore.show import show_store
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 pytest.importorskip("matplotlib")
 

@@ -20,7 +20,7 @@ from test_faults import SHARD_SIZE, N, assert_undisturbed, folder, forks, has_be
 from igstore import Preprocessing, build_store
 from igstore.building.plan import Names
 from igstore.errors import SettingsMismatchError, UserError
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 
 TESTS = Path(__file__).parent
 SETTINGS: dict[str, Any] = {

@@ -34,12 +34,11 @@ from igstore.errors import (
     UnreachableError,
     UserError,
 )
+from igstore.files import atomic, remote, servers, shown
+from igstore.files.cache import ShardCache
 from igstore.info import main as info_main
 from igstore.schema import NOT_BUILT
-from igstore.storage import files, remote, servers
-from igstore.storage.addresses import shown
-from igstore.storage.cache import ShardCache
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from igstore.verify import main as verify_main
 
 N, SHARD = 10, 4
@@ -566,7 +565,7 @@ def test_a_kept_shard_is_looked_at_once_by_each_process(server, url, tmp_path, m
     store = StoreReader(url, cache=tmp_path / "cache")
     store.array("pixels").read([0])
     looked: list[Path] = []
-    monkeypatch.setattr(files, "crc32c", lambda path: looked.append(path) or "")
+    monkeypatch.setattr(atomic, "crc32c", lambda path: looked.append(path) or "")
     for _ in range(3):
         store.form.image_array("pixels", store.records.get).read([0])
     assert not looked
@@ -638,7 +637,7 @@ def test_a_cache_that_others_filled_is_read_where_nothing_may_be_written(server,
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr("igstore.storage.cache._alone", refuse)
+    monkeypatch.setattr("igstore.files.cache._alone", refuse)
     store = StoreReader(url, cache=cache)
     np.testing.assert_array_equal(store.array("pixels").read(range(N)), pixels)
     assert not server.asked("/pixels/c/")

@@ -10,11 +10,12 @@ from PIL import Image
 from stores import CLASS_NAMES, image_ids, make_store
 
 from igstore import cli
-from igstore.blocks import expand
+from igstore.datasets import keep_mask, masked_view, open_store
 from igstore.errors import StoreNotFoundError, UserError
-from igstore.masks import FILLS, SELECTIONS
-from igstore.show import heat_map, main, show_store
-from igstore.views import keep_mask, masked_view, open_store
+from igstore.masks import FILLS, expand
+from igstore.masks.selection import SELECTIONS
+from igstore.reporting import heat_map
+from igstore.show import main, show_store
 
 N = 10
 SIZE = (23, 26)

@@ -18,7 +18,7 @@ from PIL import Image
 from stores import make_store
 
 from igstore import store_info
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from pipelines.sizing import _ID_LENGTH, _RECORD_IN_MEMORY, Size, main, spec_of, table
 from pipelines.slurm import dask_cluster
 

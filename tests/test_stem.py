@@ -10,11 +10,8 @@ import torchvision
 from networks import Smooth
 from torch import nn
 
-from igstore import attribution
-from igstore.attribution import integrated_gradients
-from igstore.engine.acceleration import accelerate
-from igstore.engine.attributor import Attributor
-from igstore.engine.stem import Hoisted, hoist_stem
+from igstore.acceleration import Hoisted, accelerate, hoist_stem
+from igstore.attribution import Attributor, engine, integrated_gradients
 from igstore.models import Classifier
 from igstore.schema import BuildSpec, Preprocessing
 
@@ -27,7 +24,7 @@ NETWORKS = {
 
 @pytest.fixture(autouse=True)
 def from_the_first_step_on(monkeypatch):
-    monkeypatch.setattr(attribution, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(engine, "FEWEST_STEPS", 1)
 
 
 def seeded(make):
@@ -79,7 +76,7 @@ def test_the_stem_runs_once_an_image_not_once_a_step():
 
 
 def test_for_few_steps_the_stem_stays_in_the_path(monkeypatch):
-    monkeypatch.setattr(attribution, "FEWEST_STEPS", 5)
+    monkeypatch.setattr(engine, "FEWEST_STEPS", 5)
     x = images(2, 20, torch.float32)
     hoisted = hoist_stem(seeded(Smooth), x[:1])
     seen = []
@@ -126,7 +123,7 @@ class Odd(nn.Module):
     ],
 )
 def test_where_the_stem_cannot_be_taken_out_the_network_stays_whole(way, caplog):
-    caplog.set_level(logging.INFO, logger="igstore.engine.stem")
+    caplog.set_level(logging.INFO, logger="igstore.acceleration.stem")
     network = seeded(lambda: Odd(way)) if way != "no convolution" else nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     assert hoist_stem(network, images(1, 8, torch.float32)) is network
     assert caplog.text
@@ -141,7 +138,7 @@ def test_a_body_that_does_not_run_alone_keeps_its_stem(caplog):
         def forward(self, x):
             return self.conv(x).relu().mean((2, 3)) / self.conv.weight.abs().sum()
 
-    caplog.set_level(logging.INFO, logger="igstore.engine.stem")
+    caplog.set_level(logging.INFO, logger="igstore.acceleration.stem")
     network = seeded(Strict)
     assert hoist_stem(network, images(1, 8, torch.float32)) is network
     assert "stays in the path: AttributeError" in caplog.text

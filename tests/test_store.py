@@ -14,20 +14,21 @@ import xarray as xr
 import zarr
 from stores import checksum, mapped_file, text
 
-from igstore.errors import (
-    DamagedStoreError,
-    SettingsMismatchError,
-    StoreExistsError,
-    StoreNotFoundError,
-    UserError,
-)
+from igstore.errors import DamagedStoreError, SettingsMismatchError, StoreExistsError, StoreNotFoundError, UserError
+from igstore.files import Folder, atomic
 from igstore.schema import BUILT, BuildSpec, Preprocessing
-from igstore.storage import files, layout, staging
-from igstore.storage import store as store_module
-from igstore.storage.files import Folder
-from igstore.storage.presence import hold
-from igstore.storage.reader import StoreReader
-from igstore.storage.store import create_store, extend_store, finish_store, metadata, write_shard
+from igstore.storage import (
+    StoreReader,
+    create_store,
+    extend_store,
+    finish_store,
+    hold,
+    layout,
+    metadata,
+    staging,
+    write_shard,
+    writer,
+)
 
 SPEC = BuildSpec(
     model="model",
@@ -186,10 +187,10 @@ def test_checksums_do_not_depend_on_the_pieces(tmp_path, n_bytes):
     content = b"123456789" + np.random.default_rng(0).bytes(max(0, n_bytes - 9)) if n_bytes else b""
     file = tmp_path / "file"
     file.write_bytes(content)
-    whole = files.checksum(file)
-    assert whole == files.checksum_of([content]) == checksum(content)
-    assert whole == files.checksum_of([content[:5], memoryview(content)[5:]])
-    assert files.crc32c(file) == whole["crc32c"]
+    whole = atomic.checksum(file)
+    assert whole == atomic.checksum_of([content]) == checksum(content)
+    assert whole == atomic.checksum_of([content[:5], memoryview(content)[5:]])
+    assert atomic.crc32c(file) == whole["crc32c"]
     if n_bytes == 9:
         assert whole["crc32c"] == "e3069283"  # the check value of CRC-32C in RFC 3720's polynomial
 
@@ -213,7 +214,7 @@ def test_anything_but_a_whole_shard_is_refused_and_nothing_is_written(path, spoi
 
 
 def test_a_store_appears_whole_or_not_at_all(path, monkeypatch):
-    monkeypatch.setattr(files.Folder, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(atomic.Folder, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         make(path)
     assert list(path.parent.iterdir()) == []
@@ -318,7 +319,7 @@ def test_a_shard_that_somebody_else_has_finished_is_left_to_them(path):
 def test_a_store_is_opened_once_for_a_shard(path, monkeypatch):
     make(path, shards=[])
     opened = []
-    monkeypatch.setattr(store_module, "StoreReader", lambda where: opened.append(where) or StoreReader(where))
+    monkeypatch.setattr(writer, "StoreReader", lambda where: opened.append(where) or StoreReader(where))
     write_shard(path, SPEC, 10, 1, shard_arrays(SPEC, 4, 8), RECORD)
     assert opened == [path]
 

@@ -22,9 +22,8 @@ from stores import make_store
 
 from igstore import MaskedImageNet, export_store, masked_view, open_store
 from igstore.errors import AccessError, DamagedStoreError, OutOfMemoryError
-from igstore.storage import arrays
-from igstore.storage.reader import StoreReader
-from igstore.storage.reading import access_error, reading
+from igstore.files import access_error, reading
+from igstore.storage import StoreReader, arrays
 
 FORMS = {"raw": {}, "zstd": {"compress": "zstd"}, "hdf5": {"format": "hdf5"}}
 
@@ -160,8 +159,8 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Runs lines of Python, each under its own REFUSE, and prints what they give, or what they raise.
 RUNNER = """
 import json, os, pickle, sys
-import igstore, igstore.cli, igstore.errors
-from igstore.building.given_maps import GivenMaps
+import igstore, igstore.cli.parser, igstore.errors
+from igstore.building.import_source import GivenMaps
 from igstore.storage.reader import StoreReader
 
 def values(store):

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from igstore.errors import DamagedStoreError, UserError
-from igstore.reporting.findings import Findings
-from igstore.reporting.results import Row
-from igstore.reporting.results_folder import read_rows
-from igstore.reporting.tables import WIDTH, Table, article_tables, kinds, lines, store_names
+from igstore.evaluation import Findings, Row, Table, article_tables, kinds, read_rows
+from igstore.evaluation.tables import WIDTH, lines, store_names
 
 ROW = Row(
     store="resnet50.zarr",

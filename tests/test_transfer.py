@@ -12,9 +12,9 @@ import torch
 from test_evaluate import Pooled
 
 from igstore import build_store, evaluate, open_store
-from igstore.engine.attributor import Attributor
-from igstore.engine.transfer import one_behind, to_device, to_host
+from igstore.attribution import Attributor
 from igstore.errors import UserError
+from igstore.machine import one_behind, to_device, to_host
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

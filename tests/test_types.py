@@ -97,11 +97,6 @@ def test_editors_list_the_public_names_and_their_parameters(tmp_path):
     assert [parameter.name for parameter in signature.params][:2] == ["stores", "models"]
 
 
-def test_every_public_name_has_its_type_where_it_is_at_home():
-    typed = re.findall(r"^    from igstore\.(\S+) import (\w+) as \2$", Path(igstore.__file__).read_text(), re.M)
-    assert {name: home for home, name in typed} == igstore._HOMES
-
-
 BEFORE = ["", "import igstore.evaluate", "import igstore.curves", "from igstore.evaluate import main"]
 
 

@@ -14,8 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from amounts import SEED, amount
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, seed, settings, strategies as st
 from stores import checksum, image_ids, make_store
 
 from igstore import (
@@ -31,14 +30,14 @@ from igstore import (
     store_info,
     verify_store,
 )
-from igstore.building.parts import Part
+from igstore.building import Part
+from igstore.building.repair import repair_store
 from igstore.export import FORMATS
+from igstore.files import sealed
 from igstore.images import as_image_list
 from igstore.info import describe as describe_info
 from igstore.schema import BuildSpec, Preprocessing
-from igstore.storage.files import sealed
-from igstore.storage.reader import StoreReader
-from igstore.storage.repair import repair_store
+from igstore.storage import StoreReader
 from igstore.verify import describe as describe_findings
 from igstore.view import save_page
 

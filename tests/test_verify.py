@@ -29,16 +29,15 @@ from igstore import (
     store_info,
     verify_store,
 )
-from igstore.building.parts import Part
-from igstore.engine.attributor import Attributor
+from igstore.attribution import Attributor
+from igstore.building import Part
+from igstore.building.repair import repair_store
 from igstore.errors import SettingsMismatchError, StoreNotFoundError, UserError
+from igstore.files import sealed
 from igstore.images import as_image_list
 from igstore.info import main as info_main
 from igstore.schema import FAILED, BuildSpec
-from igstore.storage.files import sealed
-from igstore.storage.reader import StoreReader
-from igstore.storage.repair import repair_store
-from igstore.storage.store import extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
+from igstore.storage import StoreReader, extend_store, finish_store, lay_out_store, write_rank_shard, write_shard
 from igstore.verify import main
 
 N, SHARD_SIZE, N_CLASSES = 21, 8, 7  # three shards, the last of five images

@@ -28,11 +28,11 @@ import zarr
 from stores import make_store
 from zarr.codecs import ZstdCodec
 
-from igstore import keep_mask, masked_view, open_store, show
+from igstore import keep_mask, masked_view, open_store
 from igstore.__main__ import COMMANDS
 from igstore.errors import StoreExistsError, StoreNotFoundError, UserError
-from igstore.storage.reader import StoreReader
-from igstore.storage.store import finish_store
+from igstore.reporting import pictures
+from igstore.storage import StoreReader, finish_store
 from igstore.view import _Server, requested_range, save_page, serve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -668,7 +668,7 @@ def test_the_heat_map(browser, address, store, before):
             page.go(image=image)
             values = attribution.sel(image=image).to_numpy().astype(np.float64)
             # here, in the browser, and in the pictures of `igstore show`
-            for drawn in (page.canvas("attribution"), show.heat_map(values, 3)):
+            for drawn in (page.canvas("attribution"), pictures.heat_map(values, 3)):
                 difference = np.abs(drawn - heat_map(values, 3))
                 assert difference.max() <= 1  # a sum's last bits may decide which way a colour is rounded
             full = np.quantile(np.abs(block_sums(values, 3)), 0.99)

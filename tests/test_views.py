@@ -16,7 +16,8 @@ import zarr
 from PIL import Image
 from stores import CLASS_NAMES, WNIDS, image_ids, make_store, recompute
 
-from igstore.blocks import SCORES
+from igstore.building import rank_store
+from igstore.datasets import keep_mask, masked_view, open_store
 from igstore.errors import (
     DamagedStoreError,
     DataNotFoundError,
@@ -27,14 +28,11 @@ from igstore.errors import (
 )
 from igstore.export import export_store
 from igstore.images import as_image_list
-from igstore.masks import FILLS, SELECTIONS, FillContext
-from igstore.rank import rank_store
+from igstore.masks import FILLS, FillContext
+from igstore.masks.blocks import SCORES
+from igstore.masks.selection import SELECTIONS
 from igstore.schema import BUILT, FAILED, NOT_BUILT, Keep, Preprocessing
-from igstore.storage import layout
-from igstore.storage.arrays import ImageArray
-from igstore.storage.reader import StoreReader
-from igstore.storage.store import finish_store
-from igstore.views import keep_mask, masked_view, open_store
+from igstore.storage import ImageArray, StoreReader, finish_store, layout
 
 N = 10
 OTHER_RANKINGS = [("positive", 3), ("absolute", 3), ("signed", 3), ("positive", 5)]

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import igstore.engine.weights
-from igstore.engine.weights import load_weights, state_sha256, torch_checkpoint
+import igstore.models.weights
 from igstore.errors import UserError, WeightsNotFoundError
+from igstore.models.weights import load_weights, state_sha256, torch_checkpoint
 
 
 def network(seed: int, width: int = 4) -> nn.Sequential:
@@ -253,7 +253,7 @@ def test_an_unreachable_server_is_said_with_what_to_do(hub: Path) -> None:
 
 
 def test_a_silent_server_is_given_up(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(igstore.engine.weights, "_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(igstore.models.weights, "_DOWNLOAD_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(WeightsNotFoundError, match="timed out"):
         torch_checkpoint(f"http://127.0.0.1:{silent.getsockname()[1]}/net-{HASH}.pth", "net's weights")
     assert socket.getdefaulttimeout() is None

@@ -24,10 +24,9 @@ from torch import nn
 import igstore
 from igstore import Preprocessing, build_store, classifier_from_module, cli, store_info
 from igstore.__main__ import main
-from igstore.commands import COMMANDS, module_of
-from igstore.errors import IgstoreError, UserError
+from igstore.cli import COMMANDS, module_of
+from igstore.errors import IgstoreError, UserError, call, command_line, option
 from igstore.images import find_images
-from igstore.wording import call, command_line, option
 
 NETWORK = "networks:Smooth"
 
@@ -218,7 +217,7 @@ def test_nothing_is_fetched_for_what_cannot_work(arguments, here, monkeypatch, c
     def fetch(*_: object, **__: object) -> None:
         raise AssertionError("too early")
 
-    monkeypatch.setattr("igstore.models.load_classifier", fetch)
+    monkeypatch.setattr("igstore.models.loading.load_classifier", fetch)
     assert cli.run(_dispatch, arguments.split()) == cli.MISUSED
     assert capsys.readouterr().err.startswith("igstore: ")
 

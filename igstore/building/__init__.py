@@ -1,1 +1,5 @@
-"""What a build is made of: the plan, who works on it, and the way of each image into a shard."""
+"""How a store is built: the plan, the workers and their shards, repair, and the ranking of blocks."""
+
+from igstore._faces import face
+
+__getattr__, __dir__, __all__ = face(__name__)

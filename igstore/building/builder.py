@@ -17,20 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from igstore.building import provenance
+from igstore import machine
 from igstore.building.parts import Part
 from igstore.building.plan import Build
+from igstore.building.ranking import rank_store
+from igstore.building.repair import repair_store
 from igstore.building.worker import Advance, Report, Workers
-from igstore.errors import IgstoreError, SettingsMismatchError, StoreExistsError, UnfinishedShardError, UserError
-from igstore.progress import Progress
-from igstore.rank import rank_store
-from igstore.storage import staging
-from igstore.storage.files import temporary_name
-from igstore.storage.presence import at_work
-from igstore.storage.reader import StoreReader
-from igstore.storage.repair import repair_store
-from igstore.storage.store import check_there, create_store, extend_store, finish_store
-from igstore.wording import option
+from igstore.cli import Progress
+from igstore.errors import (
+    IgstoreError,
+    SettingsMismatchError,
+    StoreExistsError,
+    UnfinishedShardError,
+    UserError,
+    option,
+)
+from igstore.files import temporary_name
+from igstore.storage import StoreReader, at_work, check_there, create_store, extend_store, finish_store, staging
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +145,7 @@ def _attributes(build: Build) -> dict[str, Any]:
         "wall_seconds": 0.0,
         "class_names": list(build.images.class_names or ()),
         "wnids": list(build.images.wnids or ()),
-        **provenance.versions(),
+        **machine.versions(),
     }
 
 
@@ -203,7 +206,7 @@ def _final_attributes(store: StoreReader, *, seconds: float) -> dict[str, Any]:
         "complete": True,
         "device": ", ".join(sorted(devices)),
         "wall_seconds": round(store.attributes.get("wall_seconds", 0.0) + seconds, 1),
-        **provenance.versions(),
+        **machine.versions(),
     }
 
 

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-from igstore.building.devices import find_device
+from igstore.building.dask_client import connect
 from igstore.building.plan import Build, Names, absolute, plan_build
-from igstore.building.schedulers import connect
 from igstore.building.worker import Advance, Report, Worker
-from igstore.errors import IgstoreError, SettingsMismatchError, UserError
+from igstore.errors import IgstoreError, SettingsMismatchError, UserError, option
+from igstore.machine import find_device
 from igstore.schema import BuildSpec
-from igstore.storage.presence import at_work
-from igstore.wording import option
+from igstore.storage import at_work
 
 logger = logging.getLogger(__name__)
 

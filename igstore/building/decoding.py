@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from igstore.errors import ImageError
 from igstore.images import ImageList, prepare, resized_size
-from igstore.limits import usable_cores
+from igstore.machine import usable_cores
 from igstore.schema import Preprocessing
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from igstore.errors import UserError
-from igstore.wording import option
+from igstore.errors import UserError, option
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from igstore.adapters import adapted
-from igstore.errors import ImageError, UserError
+from igstore.attribution import with_rule
+from igstore.errors import ImageError, UserError, option
 from igstore.images import ImageList, as_image_list, find_images
-from igstore.learned_rules import with_rule
-from igstore.models import Classifier, check_preprocessing, classifier_from_module, load_classifier
+from igstore.models import Classifier, adapted, check_preprocessing, classifier_from_module, load_classifier
 from igstore.schema import FORMAT_VERSION, READ_VERSIONS, UNKNOWN_LABEL, BuildSpec, Preprocessing, Split, as_path
-from igstore.storage import layout
-from igstore.storage.store import read_json
-from igstore.wording import option
+from igstore.storage import layout, read_json
 
 _LOOKED_AT = 64  # images whose size is looked at before work begins
 

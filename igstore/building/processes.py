@@ -24,7 +24,7 @@ from igstore.building.decoding import most_workers
 from igstore.building.plan import Build
 from igstore.building.worker import Report, Worker
 from igstore.errors import IgstoreError, UserError
-from igstore.storage.presence import at_work
+from igstore.storage import at_work
 
 _PATIENCE = 20.0  # seconds that a process has to finish what it is writing, once it is told to stop
 

@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.building.decoding import Job
+from igstore.files import Folder
 from igstore.schema import BuildSpec
-from igstore.storage import layout, staging
-from igstore.storage.files import Folder
-from igstore.storage.presence import check_in_place
-from igstore.storage.store import write_shard
+from igstore.storage import check_in_place, layout, staging, write_shard
 
 Arrays = dict[str, NDArray[Any]]
 

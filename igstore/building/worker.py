@@ -16,21 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from igstore import cli
-from igstore.building import provenance
+from igstore import cli, machine
+from igstore.attribution import Arrays, Attributor
 from igstore.building.decoding import Decoder, Job
 from igstore.building.plan import Build
 from igstore.building.shards import ShardWriter
-from igstore.engine.attributor import Arrays, Attributor
-from igstore.engine.transfer import one_behind
-from igstore.limits import free_memory
+from igstore.files import Folder
+from igstore.machine import free_memory, one_behind
 from igstore.models import Classifier
 from igstore.schema import BUILT, FAILED
-from igstore.storage import layout, staging
-from igstore.storage.files import Folder
-from igstore.storage.presence import hold
-from igstore.storage.reader import StoreReader
-from igstore.storage.store import write_shard
+from igstore.storage import StoreReader, hold, layout, staging, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +121,7 @@ class Worker:
         self._attributor.check_labels(build.images.labels[: build.n_images], build.images.ids)
         self._decoder = Decoder(build.images, build.spec.preprocessing, workers)
         self._unit = max(1, _UNIT_EVALUATIONS[device.type] // max(1, build.spec.n_steps))  # images
-        self._runtime = provenance.runtime(device)
+        self._runtime = machine.runtime(device)
 
     def __enter__(self) -> Worker:
         return self

@@ -1,1 +1,5 @@
-"""Fitting quadrature rules to a network's gradients: `igstore calibrate`."""
+"""Quadrature rules fitted to a network's own gradients, for `igstore calibrate`."""
+
+from igstore._faces import face
+
+__getattr__, __dir__, __all__ = face(__name__)

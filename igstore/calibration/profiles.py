@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from igstore.blocks import DEFAULT_BLOCK, block_grid
-from igstore.quadrature import Nodes, rule
+from igstore.attribution import Nodes, rule
+from igstore.masks import DEFAULT_BLOCK, block_grid
 
 # The maps (point, y, x) at some points alpha of one image's path, whose integral over [0, 1] is the image's map.
 MapsAt = Callable[[NDArray[np.float64]], Tensor]

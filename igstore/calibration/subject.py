@@ -10,18 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igstore.adapters import adapted
-from igstore.attribution import integrated_gradients, logits, numerics, select_output
-from igstore.building.devices import find_device
-from igstore.building.plan import chosen_classifier, listed_images
+from igstore.attribution import Attributor, baseline_pixels, integrated_gradients, logits, numerics, select_output
+from igstore.building import chosen_classifier, listed_images
 from igstore.calibration.profiles import MapsAt, path_maps
-from igstore.engine.attributor import Attributor
-from igstore.engine.baselines import baseline_pixels
-from igstore.errors import ImageError, UserError
+from igstore.errors import ImageError, UserError, option
 from igstore.images import ImageList, prepare
-from igstore.normalisation import normalise
+from igstore.machine import find_device
+from igstore.models import adapted, normalise
 from igstore.schema import UNKNOWN_LABEL, BuildSpec, LearnedRule, Preprocessing
-from igstore.wording import option
 
 
 class Subject:

@@ -1,1 +1,5 @@
-"""What is made of an evaluation: numbers, tables, pictures and the page."""
+"""What people look at: pictures, charts, and the page of a report."""
+
+from igstore._faces import face
+
+__getattr__, __dir__, __all__ = face(__name__)

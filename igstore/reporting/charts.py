@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from igstore.cli import printable
+from igstore.cli import csv_text, printable
 from igstore.errors import UserError
-from igstore.reporting.texts import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from igstore.evaluation import KEEPS, Case, Findings, Row
 from igstore.reporting.charts import LOOKS, Chart, Panel, Series, look_in_turn
-from igstore.reporting.findings import KEEPS, Case, Findings
-from igstore.reporting.results import Row
 
 P, TOP1, VISIBLE = "p", "top-1 accuracy (%)", "pixels visible (%)"
 

@@ -13,10 +13,10 @@ from string import Template
 
 from PIL import Image
 
+from igstore.cli import html as text
+from igstore.evaluation import Line, Table
 from igstore.reporting.charts import Chart
-from igstore.reporting.tables import Line, Table
-from igstore.reporting.texts import html as text
-from igstore.show import Panel
+from igstore.reporting.pictures import Panel
 
 _JPEG_QUALITY = 85
 
@@ -31,7 +31,7 @@ def page(title: str, lede: str, sections: Mapping[str, Sequence[str]]) -> str:
         "\n".join([f'<section id="{text(anchors[section])}">', f"<h2>{text(section)}</h2>", *parts, "</section>"])
         for section, parts in sections.items()
     ]
-    template = Template((files("igstore") / "report.html").read_text("utf-8"))
+    template = Template((files("igstore.reporting") / "report.html").read_text("utf-8"))
     return template.substitute(title=text(title), body="\n".join([header, *bodies]))
 
 

@@ -14,15 +14,13 @@ import numpy as np
 from PIL import Image
 
 from igstore import __version__
-from igstore.masking import MaskedImages
+from igstore.cli import csv_text
+from igstore.datasets import MaskedImages
+from igstore.evaluation import KEEPS, PAIRING_FIELDS, Case, Contrast, Findings, article_tables
 from igstore.reporting import figures, page, summaries
 from igstore.reporting.charts import Chart
-from igstore.reporting.findings import KEEPS, Case, Contrast, Findings
-from igstore.reporting.results import PAIRING_FIELDS
-from igstore.reporting.tables import article_tables
-from igstore.reporting.texts import csv_text
+from igstore.reporting.pictures import Panel, heat_map, picture_of
 from igstore.schema import Keep
-from igstore.show import Panel, heat_map, picture_of
 
 Parts = list[str]  # pieces of HTML
 

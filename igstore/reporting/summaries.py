@@ -6,9 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from igstore.reporting.findings import KEEPS, Case, Findings
-from igstore.reporting.results import Row
-from igstore.reporting.tables import Line, Table, images_of, percent
+from igstore.evaluation import KEEPS, Case, Findings, Line, Row, Table, images_of, percent
 from igstore.schema import Keep
 
 _FEW = 5  # classes listed at either end

@@ -1,1 +1,5 @@
-"""Where stores are and how they are read and written: everything below the commands that knows a file."""
+"""Stores: how they are laid out, read, written, checked and copied, as Zarr and as HDF5."""
+
+from igstore._faces import face
+
+__getattr__, __dir__, __all__ = face(__name__)

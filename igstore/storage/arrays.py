@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError
+from igstore.files import Recorded
 from igstore.storage import layout
-from igstore.storage.reading import Recorded
 
 Recording = Callable[[int], dict[str, Any] | None]  # the record of a shard, None where it is not finished
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from igstore import files
+from igstore.cli import Progress
 from igstore.errors import DamagedStoreError, UserError
-from igstore.progress import Progress
-from igstore.rank import ranking_attributes
 from igstore.schema import Compress
-from igstore.storage import files, layout
+from igstore.storage import layout
+from igstore.storage.layout import ranking_attributes
 from igstore.storage.reader import Sharded, StoreReader
-from igstore.storage.store import create_ranking, finish_store, lay_out_store, write_rank_shard, write_shard
+from igstore.storage.writer import create_ranking, finish_store, lay_out_store, write_rank_shard, write_shard
 
 Record = dict[str, Any]
 Arrays = dict[str, NDArray[Any]]

@@ -1,4 +1,4 @@
-"""A store as one HDF5 file, read: `igstore.storage.hdf5` says what is in it.
+"""A store as one HDF5 file, read: `igstore.storage.hdf5_layout` says what is in it.
 
 Datasets are contiguous, so that the images are mapped into memory where they are in the file; h5py is asked only where
 that is, and for what is small. The file is opened anew each time, so nothing of HDF5's is held in a process that forks.
@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError, UserError
-from igstore.storage import hdf5, layout
+from igstore.files import Recorded, map_array, open_regular, parse_json, read_parts, reading
+from igstore.storage import hdf5_layout, layout
 from igstore.storage.arrays import ImageArray, Recording
-from igstore.storage.mapped import map_array
-from igstore.storage.reading import Recorded, open_regular, parse_json, read_parts, reading
 
 
 class Hdf5Form:
@@ -58,11 +57,11 @@ class Hdf5Form:
     def attributes(self) -> dict[str, Any]:
         """Those of the root, as `ZarrForm.attributes`."""
         with reading(self.where), open(open_regular(self.path), "rb") as content:
-            is_hdf5 = content.read(len(hdf5.SIGNATURE)) == hdf5.SIGNATURE
+            is_hdf5 = content.read(len(hdf5_layout.SIGNATURE)) == hdf5_layout.SIGNATURE
         if not is_hdf5:
             raise StoreNotFoundError(f"{self.where} is neither a folder nor an HDF5 file, so it is no store")
         with reading(self.where), self._file() as file:
-            attributes = parse_json(file.attrs.get(hdf5.ATTRIBUTES, "{}"))
+            attributes = parse_json(file.attrs.get(hdf5_layout.ATTRIBUTES, "{}"))
             if not isinstance(attributes, dict):
                 raise TypeError(f"its attributes are a {type(attributes).__name__}")
             return attributes
@@ -92,7 +91,7 @@ class Hdf5Form:
             texts: dict[str, list[bytes]] = {}
             for name in names:
                 ranking, shard = layout.parse_record_file(name)
-                dataset = hdf5.records_dataset(ranking)
+                dataset = hdf5_layout.records_dataset(ranking)
                 if dataset not in texts:
                     texts[dataset] = _plain(file, dataset)[:].tolist() if dataset in file else []
                     if not all(isinstance(text, bytes) for text in texts[dataset]):
@@ -113,7 +112,7 @@ class Hdf5Form:
                 values = _as_texts(_plain(opened, array)[first:last])
         except DamagedStoreError as error:
             return f"cannot be read ({error})"
-        return "" if hdf5.piece_checksum(values) == dict(recorded) else "has changed since it was written"
+        return "" if hdf5_layout.piece_checksum(values) == dict(recorded) else "has changed since it was written"
 
     def image_array(self, name: str, recorded: Recording) -> Hdf5Array:
         """As `ZarrForm.image_array`."""

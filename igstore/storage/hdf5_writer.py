@@ -1,4 +1,4 @@
-"""Writing a store as one HDF5 file; `igstore.storage.hdf5` says what is in it. h5py is imported when that is done."""
+"""Writing a store as one HDF5 file, laid out by `igstore.storage.hdf5_layout`. h5py is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from igstore import files
+from igstore.cli import Progress
 from igstore.errors import UserError
-from igstore.progress import Progress
-from igstore.rank import ranking_attributes
 from igstore.schema import IMAGE
-from igstore.storage import files, hdf5
+from igstore.storage import hdf5_layout
 from igstore.storage.copies import read_shard
+from igstore.storage.layout import ranking_attributes
 from igstore.storage.reader import Sharded, StoreReader
 
 _ALIGNMENT = 4096  # bytes: datasets of that size and more begin at pages of memory
@@ -30,7 +31,7 @@ def write_hdf5(store: StoreReader, path: Path, *, progress: Progress) -> None:
     Parameters
     ----------
     store
-        As `igstore.storage.copies.check_finished` wants it.
+        As `igstore.storage.check_finished` wants it.
     path
         The file, empty.
     progress
@@ -131,7 +132,7 @@ def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping
     import h5py
 
     home = file.require_group(f"ranks/{ranking}") if ranking else file
-    for name, value in hdf5.attribute_values(attributes).items():
+    for name, value in hdf5_layout.attribute_values(attributes).items():
         home.attrs[name] = value
     lengths = {IMAGE: group.n_images, **group.sizes}
     for name, variable in group.variables.items():
@@ -141,7 +142,7 @@ def _lay_out(file: Any, group: Sharded, ranking: str | None, attributes: Mapping
         for axis, dim in enumerate(variable.dims):
             # those of all images are the root's
             dataset.dims[axis].attach_scale(_dimension(file if dim == IMAGE else home, dim, lengths[dim]))
-    records = file.create_dataset(hdf5.records_dataset(ranking), (group.n_shards,), h5py.string_dtype())
+    records = file.create_dataset(hdf5_layout.records_dataset(ranking), (group.n_shards,), h5py.string_dtype())
     records.dims[0].attach_scale(_dimension(file["records"], _SHARD, group.n_shards))
 
 
@@ -160,7 +161,7 @@ def _write_shard(file: Any, group: Sharded, ranking: str | None, shard: int, **f
     sums = {}
     for name, values in arrays.items():
         file[group.array_path(name)][first:last] = values.astype(object) if values.dtype.kind == "T" else values
-        sums[group.shard_files(shard)[name]] = hdf5.piece_checksum(values)
+        sums[group.shard_files(shard)[name]] = hdf5_layout.piece_checksum(values)
     record = files.sealed({**record, **fields, "files": sums})
-    file[hdf5.records_dataset(ranking)][shard] = json.dumps(record)
+    file[hdf5_layout.records_dataset(ranking)][shard] = json.dumps(record)
     return record

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from igstore import files
+from igstore.cli import Progress
 from igstore.errors import DamagedStoreError
-from igstore.limits import usable_cores
-from igstore.progress import Progress
-from igstore.storage import files
-from igstore.storage.presence import hold, writing
+from igstore.machine import usable_cores
+from igstore.storage.concurrency import hold, writing
 from igstore.storage.reader import Sharded, StoreReader
 
 _MOST_THREADS = 8  # so many files at a time, so that a file server has something to do

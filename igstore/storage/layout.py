@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import rank_dtype
-from igstore.errors import UserError
+from igstore.errors import UserError, option
+from igstore.masks import rank_dtype
 from igstore.schema import (
     BLOCK_X,
     BLOCK_Y,
@@ -25,7 +25,6 @@ from igstore.schema import (
     X,
     Y,
 )
-from igstore.wording import option
 
 
 @dataclass(frozen=True)
@@ -224,3 +223,9 @@ def _is_checksum(value: object) -> bool:
         and _is_count(value.get("bytes"))
         and all(isinstance(value.get(name), str) for name in ("crc32c", "sha256"))
     )
+
+
+def ranking_attributes(spec: BuildSpec, score: str, block: int) -> dict[str, Any]:
+    """What a reader of the ranking alone has to know, to recompute it and to lay its blocks over the pixels."""
+    crop = list(spec.preprocessing.crop)
+    return {"format_version": spec.format_version, "score": score, "block": block, "crop": crop}

@@ -16,16 +16,14 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import block_grid, ranking_parts
-from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError
+from igstore.errors import DamagedStoreError, StoreNotFoundError, UnfinishedShardError, UserError, option
+from igstore.files import LocalFiles, open_source, parse_json, reading
+from igstore.masks import block_grid, ranking_parts
 from igstore.schema import BLOCK_X, BLOCK_Y, NOT_BUILT, BuildSpec, Compress
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray, Recording
 from igstore.storage.hdf5_form import Hdf5Form
-from igstore.storage.reading import parse_json, reading
-from igstore.storage.sources import LocalFiles, open_source
 from igstore.storage.zarr_form import ZarrForm
-from igstore.wording import option
 
 Form = ZarrForm | Hdf5Form
 Location = str | os.PathLike[str] | Form

@@ -3,7 +3,7 @@
 A unit is a few consecutive images. Units are fixed by the settings, so that a build that was killed and resumes
 computes the same batches as one that was not. A unit's file is there whole or not at all, and is not part of the store.
 It holds a checksum of each image's pixels instead of the pixels, which are read from the images again.
-The folder that holds them, beside the locks of `igstore.storage.presence`, is gone when nobody is at work any more.
+The folder that holds them, beside the locks of `igstore.storage.concurrency`, is gone when nobody is at work any more.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import ranking_parts
+from igstore.files import PARTIAL, Folder, is_of_another_machine, temporaries
+from igstore.masks import ranking_parts
 from igstore.schema import BuildSpec
-from igstore.storage.files import PARTIAL, Folder, is_of_another_machine, temporaries
 
 Arrays = dict[str, NDArray[Any]]
 

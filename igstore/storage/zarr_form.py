@@ -21,11 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igstore.errors import DamagedStoreError, StoreNotFoundError
+from igstore.files import NOT_THERE, LocalFiles, Part, Recorded, Source, map_array, parse_json, reading
 from igstore.storage import layout
 from igstore.storage.arrays import ImageArray, Recording
-from igstore.storage.mapped import map_array
-from igstore.storage.reading import NOT_THERE, Part, Recorded, parse_json, reading
-from igstore.storage.sources import LocalFiles, Source
 from igstore.storage.zarr_metadata import ArrayMetadata, array_metadata
 
 _ROOT = "zarr.json"
@@ -86,7 +84,7 @@ class ZarrForm:
 
     @property
     def said(self) -> Mapping[str, str]:
-        """As `igstore.storage.sources.Source.said`."""
+        """As `igstore.files.Source.said`."""
         return self.source.said
 
     def records(self, names: Sequence[str]) -> list[bytes | None]:
@@ -94,7 +92,7 @@ class ZarrForm:
         return self.source.read_many(names)
 
     def is_plain(self, file: str) -> bool:
-        """As `igstore.storage.sources.Source.is_plain`."""
+        """As `igstore.files.Source.is_plain`."""
         return self.source.is_plain(file)
 
     def problem(self, file: str, recorded: Recorded) -> str:

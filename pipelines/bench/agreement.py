@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from igstore.blocks import block_ranks, block_shares, block_sums, expand
-from igstore.masks import MaskOptions, visible_blocks
+from igstore.masks import MaskOptions, block_ranks, block_shares, block_sums, expand, visible_blocks
 
 Maps = NDArray[np.float32]
 

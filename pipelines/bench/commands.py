@@ -21,7 +21,7 @@ from PIL import Image
 
 import igstore
 from igstore import cli
-from igstore.commands import COMMANDS
+from igstore.cli import COMMANDS
 from pipelines.bench import fixtures, machine, output
 
 _SIDE, _CLASSES = 12, 10

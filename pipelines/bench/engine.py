@@ -17,15 +17,11 @@ import torch
 from torch import nn
 
 from igstore import cli
-from igstore.attribution import check_precision, numerics
-from igstore.building.devices import find_device
-from igstore.engine.acceleration import accelerate
-from igstore.engine.attributor import Attributor
-from igstore.engine.memory import available_memory, gradient_bytes
-from igstore.engine.stem import Hoisted, hoist_stem
+from igstore.acceleration import Hoisted, accelerate, hoist_stem
+from igstore.attribution import Attributor, available_memory, check_precision, gradient_bytes, numerics
 from igstore.errors import UserError
-from igstore.models import Classifier, load_classifier
-from igstore.normalisation import normalise
+from igstore.machine import find_device
+from igstore.models import Classifier, load_classifier, normalise
 from igstore.schema import BuildSpec, Precision
 from pipelines.bench import machine, output, peers, rounds
 from pipelines.bench.agreement import completeness_errors, mask_iou

@@ -16,14 +16,13 @@ import torch
 
 import igstore
 from igstore import cli
+from igstore.acceleration import accelerate
 from igstore.attribution import numerics
-from igstore.batches import MaskedBatches
-from igstore.building.devices import find_device
-from igstore.engine.acceleration import accelerate
-from igstore.freed_memory import freed_memory_kept
+from igstore.datasets import MaskedBatches
+from igstore.machine import find_device, freed_memory_kept
 from igstore.models import Classifier, load_classifier
 from igstore.schema import BUILT, ForwardPrecision
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from pipelines.bench import machine, output, rounds
 
 _BATCH = {"cpu": 32, "cuda": 128}

@@ -15,8 +15,7 @@ from PIL import Image
 from igstore import cli
 from igstore.errors import UserError
 from igstore.schema import BUILT, BuildSpec, Preprocessing
-from igstore.storage import layout
-from igstore.storage.store import create_store, finish_store, write_shard
+from igstore.storage import create_store, finish_store, layout, write_shard
 
 _ROLL = 4999  # a prime: no two shards are rolled alike
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from igstore.engine import convolutions
+from igstore.acceleration import convolutions
 
 _aten = torch.ops.aten
 _convolve = torch.ops.igstore.convolve

@@ -29,12 +29,11 @@ from torchvision.datasets import ImageFolder
 
 import igstore
 from igstore import cli
-from igstore.attribution import numerics
-from igstore.building.devices import find_device
-from igstore.engine.attributor import Attributor
+from igstore.attribution import Attributor, numerics
+from igstore.machine import find_device
 from igstore.models import Classifier, load_classifier
 from igstore.schema import Precision
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from pipelines.bench import engine, evaluate, machine, output, peers
 from pipelines.bench.pictures import pictures, smooth_pictures
 

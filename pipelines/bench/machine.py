@@ -15,7 +15,7 @@ import torch
 
 import igstore
 from igstore.attribution import numerics
-from igstore.building.provenance import device_name
+from igstore.machine import device_name
 from igstore.schema import Precision
 
 _LIBRARIES = ("torch", "torchvision", "numpy", "zarr", "captum", "h5py")

@@ -14,8 +14,7 @@ from captum.attr import IntegratedGradients
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from igstore.models import Classifier
-from igstore.normalisation import normalise
+from igstore.models import Classifier, normalise
 from igstore.schema import Preprocessing
 
 Pixels = NDArray[np.uint8]

@@ -16,13 +16,18 @@ import torch
 from matplotlib.figure import Figure
 
 from igstore import cli
-from igstore.attribution import Attributions, integrated_gradients, logits, numerics
-from igstore.building.devices import find_device
-from igstore.engine.acceleration import accelerate
-from igstore.learned_rules import METHOD_CHOICES, read_rules
-from igstore.models import Classifier, load_classifier
-from igstore.normalisation import normalise
-from igstore.quadrature import METHODS
+from igstore.acceleration import accelerate
+from igstore.attribution import (
+    METHOD_CHOICES,
+    METHODS,
+    Attributions,
+    integrated_gradients,
+    logits,
+    numerics,
+    read_rules,
+)
+from igstore.machine import find_device
+from igstore.models import Classifier, load_classifier, normalise
 from igstore.schema import LearnedRule
 from pipelines.bench import machine, output
 from pipelines.bench.agreement import mask_iou

@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from igstore import cli
-from igstore.blocks import block_grid
-from igstore.rank import rank_store
-from igstore.storage import layout
-from igstore.storage.reader import StoreReader
+from igstore.building import rank_store
+from igstore.masks import block_grid
+from igstore.storage import StoreReader, layout
 from pipelines.bench import fixtures, machine, output, rounds
 from pipelines.bench.fresh import Outcome, in_fresh_process
 

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from igstore import cli
-from igstore.building.devices import find_device
-from igstore.storage import layout
-from igstore.storage.reader import StoreReader
+from igstore.machine import find_device
+from igstore.storage import StoreReader, layout
 from pipelines.bench import fixtures, machine, output, rounds, sources
 from pipelines.bench.sources import BATCH, Batches, Data, Order
 

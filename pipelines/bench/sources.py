@@ -25,11 +25,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from igstore import MaskedImageNet
-from igstore.batches import MaskedBatch, MaskedBatches
+from igstore.datasets import MaskedBatch, MaskedBatches
 from igstore.errors import UserError
 from igstore.masks import MaskOptions
 from igstore.schema import BUILT, Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from pipelines.bench import fixtures
 
 _CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import torch
 import igstore
 from igstore import cli
 from igstore.schema import Preprocessing
-from igstore.storage.reader import StoreReader
+from igstore.storage import StoreReader
 from pipelines.bench import fixtures, machine, output, rounds
 from pipelines.bench.fresh import in_fresh_process
 from pipelines.bench.pictures import smooth_pictures

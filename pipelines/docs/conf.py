@@ -9,7 +9,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 
 import igstore
-from igstore.commands import SECTIONS, module_of
+from igstore.cli import SECTIONS, module_of
 
 project = "igstore"
 author = "The igstore developers"

@@ -14,13 +14,11 @@ from networks import Smooth
 from stores import make_store
 
 from igstore import MaskedImageNet, integrated_gradients
-from igstore.attribution import to_float16
-from igstore.batches import MaskedBatches
-from igstore.blocks import block_ranks, block_shares, block_sums, rank_blocks
-from igstore.engine.acceleration import accelerate
-from igstore.engine.stem import hoist_stem
-from igstore.masks import MaskOptions
-from igstore.storage.reader import StoreReader
+from igstore.acceleration import accelerate, hoist_stem
+from igstore.attribution.engine import to_float16
+from igstore.datasets import MaskedBatches
+from igstore.masks import MaskOptions, block_ranks, block_shares, block_sums, rank_blocks
+from igstore.storage import StoreReader
 
 N_IMAGES = 64
 RANDOM = np.random.default_rng(0).permutation(N_IMAGES)

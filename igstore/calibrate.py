@@ -200,7 +200,7 @@ def parser() -> cli.Parser:
         help="images to fit the rules to, as igstore build takes them (default: $IMAGENET_DIR)",
     )
     add_options(parser, "split", "labels")
-    parser.add_argument("--images", dest="n_images", type=cli.positive, metavar="N", help="how many, evenly spread")
+    parser.add_argument("--n-images", type=cli.positive, metavar="N", help="how many, evenly spread")
     parser.add_argument(
         "--n-steps",
         type=cli.positive,
@@ -218,7 +218,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``igstore calibrate --model NAME --data PATH [--n-steps M ...] [--images N]``."""
+    """``igstore calibrate --model NAME --data PATH [--n-steps M ...] [--n-images N]``."""
     parsed, output = parser().parse(argv)
     options = vars(parsed)
     if options["images"] is None:

@@ -423,7 +423,7 @@ def test_the_commands_hand_the_file_from_one_to_the_other(tmp_path, monkeypatch,
     for name, pixels, _ in random_images(8, 12):
         Image.fromarray(pixels).save(f"data/{name}.png")
     shown = ["--model", "networks:Smooth", "--data", "data", "--crop", "12"]
-    assert calibrate([*shown, "--n-steps", "2", "3", "--images", "8"]) == 0
+    assert calibrate([*shown, "--n-steps", "2", "3", "--n-images", "8"]) == 0
     said = capsys.readouterr().out
     assert "learned:networks-Smooth.rules.json" in said
     assert build([*shown, "--method", "learned:networks-Smooth.rules.json", "--n-steps", "3", "--store", "store"]) == 0

@@ -396,8 +396,11 @@ def test_the_server_has_the_whole_page(address):
 
 
 def test_the_page_is_installed_whole():
-    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    installed = {path for pattern in patterns["igstore"] for path in (REPOSITORY / "igstore").glob(pattern)}
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["packages"]["find"]["include"] == ["igstore*"]  # every folder below, with or without Python
+    installed = {
+        path for pattern in setuptools["package-data"]["*"] for path in (REPOSITORY / "igstore").rglob(pattern)
+    }
     assert {VIEWER / name for name in page_files()} <= installed
 
 

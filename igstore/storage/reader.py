@@ -356,8 +356,9 @@ class StoreReader(Sharded):
             shards = range(self.n_shards) if name in layout.LISTED else sorted(self.records)
             values = np.full(self.n_images, variable.fill_value, variable.numpy_dtype)
             # labels and ids are there before their shard is, so a shard without a record is no error here
-            recorded = self.records.get
-            found_of = self.form.scalars(name, variable, shards, shard_size=self.shard_size, recorded=recorded)
+            found_of = self.form.scalars(
+                name, variable, shards, shard_size=self.shard_size, recorded=lambda shard: self.records.get(shard)
+            )
             for shard, found in found_of:
                 first, last = self.bounds(shard)
                 values[first:last] = self._there(name, shard, found)[: last - first]

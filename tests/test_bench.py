@@ -691,7 +691,8 @@ def test_a_missing_peer_is_named(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "parts", [["build", "resume"], pytest.param(["machine", "engine", "networks", "profile"], marks=pytest.mark.slow)]
+    "parts",
+    [["build"], pytest.param(["machine", "engine", "build", "resume", "networks", "profile"], marks=pytest.mark.slow)],
 )
 def test_everything_for_gpus_can_be_rehearsed(parts, tmp_path):
     found = tmp_path / "found.json"

@@ -64,7 +64,7 @@ def place(tmp_path_factory) -> Path:
 ARGUMENTS = {
     "build": (["--model", NETWORK, "--data", "photographs", "--crop", "24", "--n-steps", "2"], "n_built"),
     "calibrate": (
-        ["--model", NETWORK, "--data", "many", "--crop", "24", "--n-steps", "2", "--images", "8"],
+        ["--model", NETWORK, "--data", "many", "--crop", "24", "--n-steps", "2", "--n-images", "8"],
         "rules",
     ),
     "rank": (["toy.zarr", "--score", "absolute"], "ranked"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from igstore.attribution.quadrature import rule
 from igstore.errors import IgstoreError, ModelError, OutOfMemoryError, UserError
 from igstore.machine import freed_memory_kept, fresh_torch, to_device, to_host
 from igstore.models import Classifier, first_line, normalise
-from igstore.schema import BUILT, FAILED, BuildSpec, FormerPrecision, Precision
+from igstore.schema import BUILT, FAILED, BuildSpec
 from igstore.storage import layout
 
 Arrays = dict[str, NDArray[Any]]
@@ -76,6 +77,7 @@ class Attributor:
         self.check_method(spec)
         self.spec = spec
         self.device = device
+        self._classifier = classifier
         self._may_shrink = batch_size is None
         self._finished = 0.0  # when the last results were there
         self.batch_size = batch_size or 1
@@ -262,16 +264,16 @@ class Attributor:
         def result() -> Arrays:
             with self._failures():
                 arrays = wait()
-                _check_same(arrays.pop("first_output"), arrays["output"], noise * arrays.pop("size"), image_ids)
-                wrong = np.flatnonzero(~arrays["finite"])
-                if spec.precision == "mixed" and len(wrong):  # float16 has numbers up to 65504 only
-                    place = torch.from_numpy(wrong).to(self.device)
-                    with fresh_torch(self.device):
-                        again = self._gradients(x[place], baselines[place], target[place], "float32")
-                    for name, values in to_host(_stored(again))().items():
-                        arrays[name][wrong] = values
-            finite = arrays.pop("finite")
-            return arrays | {"reason": np.where(finite, "", "its attribution or output is not finite").astype(_REASON)}
+            first, size, finite = (arrays.pop(name) for name in ("first_output", "size", "finite"))
+            arrays["reason"] = np.where(finite, "", "its attribution or output is not finite").astype(_REASON)
+            again = ~finite & (spec.precision == "mixed")  # float16 has numbers up to 65504 only
+            ids = np.array(image_ids, object)
+            _check_same(first[~again], arrays["output"][~again], noise * size[~again], ids[~again].tolist())
+            if again.any():
+                exact = self._in_float32()(pixels[again], labels[again], ids[again].tolist(), [""] * int(again.sum()))
+                for name in arrays:
+                    arrays[name][again] = exact[name]
+            return arrays
 
         return result
 
@@ -279,11 +281,6 @@ class Attributor:
         self, x: torch.Tensor, baselines: torch.Tensor, targets: torch.Tensor, image_ids: Sequence[str]
     ) -> Attributions:
         """The maps of a few normalised images (image, 3, y, x), and the network's outputs for their targets."""
-        return self._gradients(x, baselines, targets, self.spec.precision)
-
-    def _gradients(
-        self, x: torch.Tensor, baselines: torch.Tensor, targets: torch.Tensor, precision: Precision | FormerPrecision
-    ) -> Attributions:
         spec = self.spec
         return integrated_gradients(
             self.network,
@@ -294,9 +291,14 @@ class Attributor:
             n_steps=spec.n_steps,
             output=spec.output,
             reduce=spec.reduce,
-            precision=precision,
+            precision=spec.precision,
             batch_size=self.batch_size,
         )
+
+    def _in_float32(self) -> Attributor:
+        """The same in float32; it is made anew each time, which is seldom."""
+        spec = dataclasses.replace(self.spec, precision="float32")
+        return Attributor(self._classifier, spec, device=self.device)
 
     def _pictures(self) -> torch.Tensor:
         """A few pictures, normalised (image, 3, y, x), that are neither noise nor flat."""

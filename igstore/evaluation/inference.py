@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from igstore import machine
-from igstore.acceleration import accelerate
+from igstore.acceleration import accelerate, is_out_of_memory
 from igstore.attribution import logits, numerics
 from igstore.cli import Progress
 from igstore.datasets import MaskedBatch, MaskedBatches
@@ -170,7 +170,7 @@ def _view(
 ) -> Callable[[], _Views]:
     own = classifier.preprocessing
     inputs = itertools.chain([batch.unmasked(own)], (batch.masked(cell, own) for cell in cells))
-    scores = torch.stack([scores_of(network, images, classifier.name) for images in inputs])  # (1 + cell, image, class)
+    scores = torch.stack([_scores(network, images, classifier.name) for images in inputs])  # (1 + cell, image, class)
     n_classes = scores.shape[2]
     if batch.labels.max() >= n_classes:
         raise UserError(
@@ -197,12 +197,14 @@ def _view(
     return wait
 
 
-def scores_of(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
+def _scores(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
     """The network's float32 outputs (image, class)."""
     try:
         return logits(network, inputs.contiguous(memory_format=torch.channels_last), len(inputs)).float()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller batch size") from error
+    except Exception as error:  # cuDNN and the CPU have words of their own for it
+        if is_out_of_memory(error):
+            raise UserError(f"{name} runs out of memory on {len(inputs)} images; give a smaller batch size") from error
+        raise
 
 
 def _pairing(store: StoreReader, classifier: Classifier, precision: ForwardPrecision, device: torch.device) -> Pairing:
@@ -300,17 +302,15 @@ def _of_batch(
     network: nn.Module,
     cells: Sequence[MaskOptions],
 ) -> NDArray[np.float32]:
-    found = []
-    for cell in cells:
-        scores = scores_of(network, batch.masked(cell, classifier.preprocessing), classifier.name)
-        if targets.max() >= scores.shape[1]:
-            raise UserError(
-                f"an image's target is class {targets.max()}, but {classifier.name} has {scores.shape[1]} classes: "
-                "it is a model for another data set"
-            )
-        target = torch.as_tensor(targets.astype(np.int64), device=scores.device)[:, None]
-        found.append(scores.softmax(dim=1).gather(1, target)[:, 0])
-    probabilities = torch.stack(found)  # (cell, image)
+    inputs = (batch.masked(cell, classifier.preprocessing) for cell in cells)
+    scores = torch.stack([_scores(network, images, classifier.name) for images in inputs])  # (cell, image, class)
+    if targets.max() >= scores.shape[2]:
+        raise UserError(
+            f"an image's target is class {targets.max()}, but {classifier.name} has {scores.shape[2]} classes: it is a "
+            "model for another data set"
+        )
+    target = to_device(targets.astype(np.int64), scores.device)
+    probabilities = scores.softmax(dim=2)[:, torch.arange(len(target), device=target.device), target]  # (cell, image)
     if not probabilities.isfinite().all():
         raise ModelError(f"{classifier.name} gives outputs that are not finite")
     return probabilities.cpu().numpy()

@@ -29,7 +29,8 @@ from torchvision.datasets import ImageFolder
 
 import igstore
 from igstore import cli
-from igstore.attribution import Attributor, numerics
+from igstore.acceleration import OnLines
+from igstore.attribution import Attributor
 from igstore.machine import find_device
 from igstore.models import Classifier, load_classifier
 from igstore.schema import Precision
@@ -139,7 +140,7 @@ def _networks(setting: Setting) -> Iterator[dict[str, Any]]:
         attributor = Attributor(classifier, engine.spec(classifier, n_steps, setting.precision), device=device)
         ready = time.monotonic() - started
         rate = attributor.measure_speed()
-        has_lines = type(attributor.network).__name__ == "OnLines"
+        has_lines = isinstance(attributor.network, OnLines)
         batch_size = attributor.batch_size
         del attributor
         network = peers.network_as_it_comes(classifier, device)
@@ -239,21 +240,17 @@ def _evaluate(setting: Setting) -> Iterator[dict[str, Any]]:
             seconds=setting.sizes.seconds,
         )  # fmt: skip
         yield {"precision": precision, **found}
-    with numerics("float32", setting.device):
-        cells = [igstore.MaskOptions(p=p, keep=keep) for p in (90, 50) for keep in ("top", "bottom")]
-        where = np.arange(len(store.status)) < min(setting.sizes.shown, 64)
-        equal = True
-        for there, here in (
-            zip(
-                igstore.MaskedBatches(path, cells, device=setting.device, where=where),
-                igstore.MaskedBatches(path, cells, device="cpu", where=where),
-                strict=True,
-            )
-            if path.exists()
-            else ()
-        ):
-            equal &= all(torch.equal(there.masked(cell).cpu(), here.masked(cell)) for cell in cells)
-        yield {"masked_images_equal_to_the_cpu": equal}
+    cells = [igstore.MaskOptions(p=p, keep=keep) for p in (90, 50) for keep in ("top", "bottom")]
+    where = np.arange(len(store.status)) < min(setting.sizes.shown, 64)
+    there, here = (
+        igstore.MaskedBatches(store, cells, device=device, where=where) for device in (setting.device, "cpu")
+    )
+    equal = [
+        torch.equal(one.masked(cell).cpu(), other.masked(cell))
+        for one, other in zip(there, here, strict=True)
+        for cell in cells
+    ]
+    yield {"masked_images_compared": len(equal), "equal_to_the_cpu": sum(equal)}
 
 
 def _profile(setting: Setting) -> Iterator[dict[str, Any]]:

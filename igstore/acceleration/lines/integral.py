@@ -20,6 +20,7 @@ from igstore.acceleration.lines.tracing import line_network
 Floats = NDArray[np.float64]
 Select = Callable[[Tensor, Tensor], Tensor]  # from scores (point, class) and targets (point,) to outputs (point,)
 _Found = tuple[Tensor, Tensor]
+_Key = tuple[Any, ...]  # what tells batches apart that are computed alike
 _Tensors = TypeVar("_Tensors", bound=tuple[Tensor, ...])
 
 _MOST_NUMBERS = 2**31 - 1
@@ -43,9 +44,9 @@ class OnLines(nn.Module):
         super().__init__()
         self.network, self.lines = network, lines
         self.most_points = _MOST_NUMBERS // lines.largest
-        self._layouts: dict[bytes, _Layout] = {}
-        self._runs: dict[bytes, int] = {}
-        self._graphs: dict[bytes, _Captured] = {}
+        self._layouts: dict[_Key, _Layout] = {}
+        self._runs: dict[_Key, int] = {}
+        self._graphs: dict[_Key, _Captured] = {}
 
     @classmethod
     def of(cls, network: nn.Module, pictures: Tensor) -> OnLines | None:
@@ -79,28 +80,28 @@ class OnLines(nn.Module):
         m = len(alphas)
         batch_size = min(batch_size, self.most_points)
         for chosen, part in _batches(len(sums), m, batch_size):
-            layout = self._layout([(alphas[part], weights[part])] * (chosen.stop - chosen.start), sums.device)
+            layout = self._layout(chosen.stop - chosen.start, alphas[part], weights[part], sums.device)
             found, outputs = self._integrate(layout, start[chosen], difference[chosen], targets[chosen], select)
             sums[chosen] += found
             if alphas[-1] == 1 and part.stop == m:
                 f_x[chosen] = outputs[layout.last].to(f_x.dtype)
 
-    def _layout(self, parts: list[tuple[Floats, Floats]], device: torch.device) -> _Layout:
-        key = b"".join(one.tobytes() + b"/" + other.tobytes() + b";" for one, other in parts)
+    def _layout(self, n_images: int, alphas: Floats, weights: Floats, device: torch.device) -> _Layout:
+        key = (n_images, alphas.tobytes(), weights.tobytes())
         if key not in self._layouts:
             if len(self._layouts) >= _LAYOUTS:
                 self._layouts.clear()
-            self._layouts[key] = _Layout.of(key, parts, device)
+            self._layouts[key] = _Layout.of(key, n_images, alphas, weights, device)
         return self._layouts[key]
 
     def _scores(self, images: Tensor) -> Tensor:
         """The outputs (image, class) on images, each of which is a reference at the start of a line of its own."""
-        layout = self._layout([(np.zeros(1), np.zeros(1))] * len(images), images.device)
+        layout = self._layout(len(images), np.zeros(1), np.zeros(1), images.device)
 
         def run(images: Tensor) -> tuple[Tensor]:
             return (self.lines.scores(layout.path(images, torch.zeros_like(images))),)
 
-        (scores,) = self._run(b"scores " + layout.key, run, images)
+        (scores,) = self._run(("scores", *layout.key), run, images)
         return scores.clone()
 
     def _integrate(self, layout: _Layout, start: Tensor, difference: Tensor, targets: Tensor, select: Select) -> _Found:
@@ -110,7 +111,7 @@ class OnLines(nn.Module):
 
         return self._run(layout.key, run, start, difference, targets)
 
-    def _run(self, key: bytes, function: Callable[..., _Tensors], *inputs: Tensor) -> _Tensors:
+    def _run(self, key: _Key, function: Callable[..., _Tensors], *inputs: Tensor) -> _Tensors:
         """What the function makes of the inputs; on CUDA devices, from some runs on, as a graph for this key."""
         if key not in self._graphs:
             self._runs[key] = self._runs.get(key, 0) + 1
@@ -171,7 +172,7 @@ class _Layout:
         Of each image, its last point in the batch's order, int64 (image,).
     """
 
-    key: bytes
+    key: _Key
     points: Points
     image: Tensor
     alpha: Tensor
@@ -181,24 +182,22 @@ class _Layout:
     last: Tensor
 
     @classmethod
-    def of(cls, key: bytes, parts: list[tuple[Floats, Floats]], device: torch.device) -> _Layout:
-        points = points_of([alphas for alphas, _ in parts], device)
-        counts = [len(alphas) for alphas, _ in parts]
-        image = torch.tensor(np.repeat(np.arange(len(parts)), counts), device=device)
-        alpha, weights = (
-            torch.tensor(np.concatenate(some), dtype=torch.float32, device=device) for some in zip(*parts, strict=True)
-        )
+    def of(cls, key: _Key, n_images: int, alphas: Floats, weights: Floats, device: torch.device) -> _Layout:
+        """Every image has points at the same alphas."""
+        m = len(alphas)
+        points = points_of([alphas] * n_images, device)
+        image = torch.arange(n_images, device=device).repeat_interleave(m)
+        alpha, weight = (torch.tensor(one, dtype=torch.float32, device=device) for one in (alphas, weights))
         order = torch.argsort(points.order)  # where the batch has each point
-        begin = np.concatenate([[0], np.cumsum(counts)])
         return cls(
             key=key,
             points=points,
             image=image[points.order],
-            alpha=alpha[points.order],
+            alpha=alpha.repeat(n_images)[points.order],
             order=order,
-            begin=torch.tensor(begin, dtype=torch.int32, device=device),
-            weights=weights,
-            last=order[torch.tensor(begin[1:] - 1, device=device)],
+            begin=torch.arange(n_images + 1, dtype=torch.int32, device=device) * m,
+            weights=weight.repeat(n_images),
+            last=order[m - 1 :: m],
         )
 
     def path(self, start: Tensor, difference: Tensor) -> Path:

@@ -255,6 +255,16 @@ _ROWS = "n_references height width rows in_height in_width passes_row".split()
 
 
 @triton.jit
+def _rows_and_channels(rows, C, BR: tl.constexpr, BC: tl.constexpr):
+    """A program's rows; its first channel, and all of them; and which rows, and which of both, are there."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    n0 = tl.program_id(1) * BC
+    c = n0 + tl.arange(0, BC)
+    inside = row < rows
+    return row, n0, c, inside, inside[:, None] & (c < C)[None, :]
+
+
+@triton.jit
 def _around(before, after, between, point, n_references, inside):
     """Of points: whether they are references, their places among the others, and the references around them.
 
@@ -308,10 +318,7 @@ def represent(
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Float32 values, dense, times a scale as pairs and differences."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, _, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     pixels = height * width
     pixel = row % pixels
     is_reference, place, first, last, t = _around(before, after, between, row // pixels, n_references, inside)
@@ -330,10 +337,7 @@ def materialise(
     HAS_DIFFERENCE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Pairs and differences times a scale as float32 values."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, _, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     pixels = height * width
     pixel = row % pixels
     is_reference, place, first, last, t = _around(before, after, between, row // pixels, n_references, inside)
@@ -354,11 +358,7 @@ def affine(
     HAS_DIFFERENCE: tl.constexpr, HAS_PASSES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``clamp(scale x + shift)`` of values, and where gradients pass."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    n0 = tl.program_id(1) * BC
-    c = n0 + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, n0, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     pixels = height * width
     pixel = row % pixels
     is_reference, place, first, last, t = _around(before, after, between, row // pixels, n_references, inside)
@@ -385,11 +385,7 @@ def affine_backward(
     HAS_SCALE: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_PASSES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients times the scale of their channel."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    n0 = tl.program_id(1) * BC
-    c = n0 + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, n0, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     values = tl.load(gradient + (row * gradient_row)[:, None] + c[None, :], mask=ok, other=0.0).to(tl.float32)
     if HAS_SCALE:
         values *= tl.load(channel_scale + c, mask=c < C, other=0.0)[None, :]
@@ -406,11 +402,7 @@ def max_pool(
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The largest value of each window, clamped, and where in the window it is first, row by row."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    n0 = tl.program_id(1) * BC
-    c = n0 + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, n0, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     out_pixels = height * width
     out_pixel = row % out_pixels
     is_reference, place, first, last, t = _around(before, after, between, row // out_pixels, n_references, inside)
@@ -455,11 +447,7 @@ def max_pool_backward(
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of windows, of which there are in_height times in_width, at the pixels that were largest in them."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    n0 = tl.program_id(1) * BC
-    c = n0 + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, n0, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     pixel = row % (height * width)
     point = row // (height * width)
     y = pixel // width + PADDING
@@ -491,9 +479,7 @@ def mean_pool(
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The mean of each window, zeros beyond the image counting, of pairs or of single halves."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    ok = (row < rows)[:, None] & (c < C)[None, :]
+    row, _, c, _, ok = _rows_and_channels(rows, C, BR, BC)
     out_pixel = row % (height * width)
     point = row // (height * width)
     y0 = (out_pixel // width) * STRIDE - PADDING
@@ -522,11 +508,7 @@ def mean_pool_backward(
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of windows, of which there are in_height times in_width, shared among their pixels."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    n0 = tl.program_id(1) * BC
-    c = n0 + tl.arange(0, BC)
-    inside = row < rows
-    ok = inside[:, None] & (c < C)[None, :]
+    row, n0, c, inside, ok = _rows_and_channels(rows, C, BR, BC)
     pixel = row % (height * width)
     point = row // (height * width)
     y = pixel // width + PADDING

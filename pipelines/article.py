@@ -10,7 +10,6 @@ If it is interrupted, run the same command again: stores resume, and complete ev
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,7 +197,7 @@ def _tables(rows: Sequence[Row]) -> list[Table]:
 
 def main(argv: Sequence[str]) -> int:
     """``python -m pipelines.article --data PATH --out DIR``."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.article", description=__doc__)
+    parser = cli.BareParser(prog="python -m pipelines.article", description=__doc__)
     parser.add_argument("--data", default=os.environ.get("IMAGENET_DIR"), help="the images; default: $IMAGENET_DIR")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that the study makes")
     parser.add_argument("--models", nargs="+", default=list(ARTICLE["top"]), help="default: the article's four")

@@ -6,7 +6,6 @@ the report; run again, it finds the store finished.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import re
 import shutil
@@ -48,7 +47,7 @@ def lay_out_photographs(folder: Path) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """``python -m pipelines.demo [--out DIR] [--n-steps M]``."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__)
+    parser = cli.BareParser(prog="python -m pipelines.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument("--n-steps", type=cli.positive, default=50, help="gradient evaluations an image")
     options = parser.parse_args(argv)

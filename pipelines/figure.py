@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def draw(results: Path) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """``python -m pipelines.figure RESULTS``."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.figure", description=__doc__)
+    parser = cli.BareParser(prog="python -m pipelines.figure", description=__doc__)
     parser.add_argument("results", type=Path, help="the folder that igstore evaluate --out wrote")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures" / "accuracy.svg")
     options = parser.parse_args(argv)

@@ -5,7 +5,6 @@ The image is drawn here, so that the repository holds nobody's photograph; the n
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import tempfile
@@ -114,7 +113,7 @@ def _side_by_side(panels: Sequence[tuple[str, str, Any]]) -> Image.Image:
 
 def main(argv: Sequence[str]) -> int:
     """``python -m pipelines.masks_figure [--out FILE]``."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.masks_figure", description=__doc__)
+    parser = cli.BareParser(prog="python -m pipelines.masks_figure", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures" / "masks.png")
     options = parser.parse_args(argv)
     draw().save(options.out, optimize=True)

@@ -168,7 +168,7 @@ def table(sizes: Sequence[Size]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the sizes of one store, or those of ImageNet's parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = cli.BareParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=cli.positive, metavar="N", help="images; by default ImageNet's three sets")
     parser.add_argument(
         "--shard-size", type=cli.positive, default=BuildSpec.shard_size, metavar="N", help="images a shard"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import io
 import json
@@ -365,3 +366,19 @@ def test_threads_wait_without_taking_cores_unless_told_otherwise(monkeypatch, gi
 def test_a_misspelt_option_is_told_what_it_is_like(command, typed, meant, capsys):
     assert main([command, typed, "x"]) == cli.MISUSED
     assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", ["article", "demo", "figure", "masks_figure", "sizing", "bench rank", "bench gpu"])
+def test_studies_answer_as_commands_do(study, capfd):
+    """What `argparse` ends by itself is not a user's code that called `sys.exit`."""
+    name, *arguments = study.split()
+    main = importlib.import_module(f"pipelines.{name}.__main__" if arguments else f"pipelines.{name}").main
+    if arguments:
+        pytest.importorskip("captum")
+    for given, status in ((["--help"], 0), (["--no-such-option"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda argv: main(argv), [*arguments, *given])
+        assert ended.value.code == status
+        said = capfd.readouterr()
+        assert "sys.exit" not in said.err
+        assert ("usage:" in said.out) == (status == 0)

@@ -5,7 +5,13 @@ from igstore.cli.options import (
     pop_preprocessing as pop_preprocessing,
 )
 from igstore.cli.output import Output as Output, say as say
-from igstore.cli.parser import Help as Help, Parser as Parser, choices_of as choices_of, positive as positive
+from igstore.cli.parser import (
+    BareParser as BareParser,
+    Help as Help,
+    Parser as Parser,
+    choices_of as choices_of,
+    positive as positive,
+)
 from igstore.cli.progress import Progress as Progress
 from igstore.cli.running import (
     DONE as DONE,

@@ -28,7 +28,18 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.help} (default: {said.replace('%', '%%')})"
 
 
-class Parser(argparse.ArgumentParser):
+class BareParser(argparse.ArgumentParser):
+    """An argument parser for `run`: what ends it is told from a user's code that calls `sys.exit`."""
+
+    def exit(self, status: int = DONE, message: str | None = None) -> NoReturn:
+        """Raise `Answered`, after the message, if there is one, on stderr."""
+        try:
+            super().exit(status, message)
+        except SystemExit:
+            raise Answered(status) from None
+
+
+class Parser(BareParser):
     """An argument parser whose complaints are one line, and which knows the options that all commands have."""
 
     def __init__(self, command: str, description: str) -> None:
@@ -62,10 +73,6 @@ class Parser(argparse.ArgumentParser):
         output = Output(quiet=given.pop("quiet", False), json=given.pop("json", False))
         logging.getLogger("igstore").setLevel(logging.ERROR if output.quiet else logging.NOTSET)
         return options, output
-
-    def exit(self, status: int = DONE, message: str | None = None) -> NoReturn:
-        """Raise `Answered`, which is told from a user's code that calls `sys.exit`."""
-        raise Answered(status)
 
     def _check_names(self, argv: Sequence[str]) -> None:
         """Raise `UserError` where an argument looks like an option and is none, with the one that it is like."""

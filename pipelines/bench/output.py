@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 from igstore import cli
 
 
-def parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+def parser(benchmark: str, description: str | None) -> cli.BareParser:
     """The parser of a benchmark's options."""
-    return argparse.ArgumentParser(
+    return cli.BareParser(
         prog=f"python -m pipelines.bench {benchmark}",
         description=description,
         formatter_class=cli.Help,

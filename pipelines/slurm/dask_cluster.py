@@ -19,7 +19,7 @@ from igstore.build import main as build
 
 def main(argv: Sequence[str]) -> int:
     """Start a cluster, build on it, end it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = cli.BareParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gpus", type=cli.positive, default=4, metavar="N", help="workers, each with one GPU")
     parser.add_argument("--partition", help="where to run them")
     options, for_build = parser.parse_known_args(argv)
